@@ -1,0 +1,38 @@
+"""From a swept `ceilings` workload to the rates that everything else is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+MATCHING = ("processor", "gpu", "torch", "threads")
+"""Ceilings hold for a machine that equals theirs in these."""
+
+
+def find_ceilings(cells: pd.DataFrame, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Best sustained FLOP/s of a device for each precision, over kernels and sizes; and bytes/s of the largest copy.
+
+    The largest copy counts, not the fastest: smaller ones fit into a cache.
+    """
+    measured = cells[cells["status"] == "measured"]
+    rates: dict[str, float] = {}
+    sources: dict[str, str] = {}
+    for precision, group in measured[measured["param_kernel"] != "copy"].groupby("precision"):
+        best = group.loc[(group["flop"] / group["step_s"]).idxmax()]
+        rates[str(precision)] = float(best["flop"] / best["step_s"])
+        sources[str(precision)] = f"{best['param_kernel']} of size {best['param_size']:g}"
+    copies = measured[measured["param_kernel"] == "copy"]
+    if not copies.empty:
+        largest = copies.loc[(copies["moved_bytes"]).idxmax()]
+        rates["copy"] = float(largest["moved_bytes"] / largest["step_s"])
+        sources["copy"] = f"copy of {largest['moved_bytes'] / 2e6:.0f} MB"
+    return {"rates": rates, "sources": sources, "machine": {key: environment.get(key) for key in MATCHING}}
+
+
+def mismatch(ceilings: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """Why these ceilings do not hold for this environment; empty where they do."""
+    machine = ceilings["machine"]
+    differing = [key for key in MATCHING if machine.get(key) != environment.get(key)]
+    return ", ".join(f"{key} is {environment.get(key)!r}, not {machine.get(key)!r}" for key in differing)

@@ -1,0 +1,85 @@
+"""From raw samples to one row a cell: step time with interval, rates, % of peak, phase shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from saih.analysis.intervals import step_intervals
+from saih.core import PHASES
+
+RATES = ("flop_per_s", "work_per_s", "work_per_s_per_rank", "percent_of_peak", "percent_of_datasheet")
+
+
+def labels_of(points: pd.DataFrame) -> list[str]:
+    """Names of the axes that vary in this table, in the order of the sweep."""
+    return [name.removeprefix("label_") for name in points.columns if name.startswith("label_")]
+
+
+def job_steps(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    """One row a timed step of a whole job: it lasts as long as its slowest rank; work and FLOP add up over ranks.
+
+    Columns: point, step, cell, repeat, step_s, units, flop, moved_bytes, and <phase>_s of the slowest rank.
+    """
+    timed = samples[samples["warmup"] == 0]
+    keys = ["point", "step"]
+    slowest = timed.loc[timed.groupby(keys, sort=False)["step_s"].idxmax(), [*keys, "step_s", *(f"{p}_s" for p in PHASES)]]
+    totals = timed.groupby(keys, sort=False)[["units", "flop", "moved_bytes"]].sum().reset_index()
+    steps = slowest.merge(totals, on=keys)
+    return steps.join(points[["cell", "repeat"]], on="point")
+
+
+def per_point(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
+    """One row a measured point (one repeat): median step time and the rates that follow from it. Indexed like `points`."""
+    grouped = steps.groupby("point", sort=False)
+    table = grouped[["step_s", "units", "flop"]].median()
+    table = table.join(points[["cell", "repeat", "ranks", *(f"label_{axis}" for axis in labels_of(points))]])
+    return _with_rates(table.join(_precision(points)), sweep)
+
+
+def per_cell(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
+    """One row a cell in sweep order, measured or not: status, step time with 95 % interval, rates, phase shares."""
+    first = points.assign(measured=points["status"] == "measured")
+    first = first.sort_values("measured", ascending=False, kind="stable").drop_duplicates("cell").sort_index()
+    table = first.assign(precision=_precision(first)).set_index("cell")
+    if steps.empty:
+        return table
+    found = step_intervals(steps)
+    sums = steps.groupby("cell", sort=False)[[f"{phase}_s" for phase in PHASES] + ["step_s"]].sum()
+    shares = {f"share_{phase}": sums[f"{phase}_s"] / sums["step_s"] for phase in PHASES}
+    work = steps.groupby("cell", sort=False)[["units", "flop", "moved_bytes"]].median()
+    count = steps.groupby("cell", sort=False).size().rename("steps")
+    table = table.join(found).join(work).join(count).join(pd.DataFrame(shares))
+    return _with_rates(table, sweep)
+
+
+def peaks(sweep: Mapping[str, Any], precision: str) -> tuple[float, float]:
+    """(measured, data sheet) FLOP/s of one device; NaN where unknown."""
+    measured = ((sweep.get("ceilings") or {}).get("rates") or {}).get(precision)
+    sheet = sweep["site"]["peak"]["flop_per_s"].get(precision)
+    return float(measured or "nan"), float(sheet or "nan")
+
+
+def _with_rates(table: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
+    known = {precision: peaks(sweep, precision) for precision in table["precision"].unique()}
+    measured = table["precision"].map(lambda name: known[name][0])
+    sheet = table["precision"].map(lambda name: known[name][1])
+    flop_per_s = table["flop"] / table["step_s"]
+    per_rank = flop_per_s / table["ranks"]
+    computes = table["flop"] > 0
+    return table.assign(
+        flop_per_s=flop_per_s,
+        work_per_s=table["units"] / table["step_s"],
+        work_per_s_per_rank=table["units"] / table["step_s"] / table["ranks"],
+        percent_of_peak=(100 * per_rank / measured).where(computes),
+        percent_of_datasheet=(100 * per_rank / sheet).where(computes),
+    )
+
+
+def _precision(points: pd.DataFrame) -> pd.Series:
+    """The precision each point computes in; workloads without the parameter compute in fp32."""
+    if "param_precision" in points:
+        return points["param_precision"].rename("precision")
+    return pd.Series("fp32", index=points.index, name="precision")

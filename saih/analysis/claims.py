@@ -1,0 +1,121 @@
+"""Evaluate what a workload's spec claims, from measurements: holds, fails, or not measurable here and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saih.analysis.cells import labels_of
+from saih.analysis.intervals import log_mean_interval
+from saih.core import Claim
+
+
+def evaluate(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> dict[str, Any]:
+    """One claim as plain data. `points` is the flat table, `measured` is `per_point` of it.
+
+    The ratio is taken repeat by repeat between cells that differ in nothing else, as a geometric mean over such pairs;
+    the interval is Student's t over the repeats' logarithms.
+    """
+    told: dict[str, Any] = {
+        "name": claim.name,
+        "text": claim.text,
+        "metric": claim.metric,
+        "better": claim.better,
+        "paper": claim.paper,
+        "target": claim.target,
+        "predicted": None,
+        "measured": None,
+        "interval": None,
+        "pairs": 0,
+        "verdict": "not-measurable",
+        "why": "",
+    }
+    pairs = _pairs(claim, points, measured)
+    if isinstance(pairs, str):
+        return told | {"why": pairs}
+    logs = np.log(pairs["ratio"]).groupby(pairs["repeat"]).mean().to_numpy()
+    ratio, low, high = log_mean_interval(logs)
+    told |= {"measured": ratio, "pairs": int(pairs.groupby("repeat").size().max()), "predicted": _predicted(pairs)}
+    if np.isnan(low):
+        return told | {"why": "one repeat gives no interval; run with --repeat 3"}
+    return told | {"interval": [low, high]} | _verdict(claim, low, high)
+
+
+def _verdict(claim: Claim, low: float, high: float) -> dict[str, str]:
+    good, bad = low >= claim.target, high < claim.target
+    if claim.better == "lower":
+        good, bad = high <= claim.target, low > claim.target
+    if good:
+        return {"verdict": "holds"}
+    if bad:
+        return {"verdict": "fails", "why": f"the whole interval misses the target {claim.target:g}"}
+    return {"verdict": "not-measurable", "why": f"the interval straddles the target {claim.target:g}; more repeats would tell"}
+
+
+def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame | str:
+    """Columns repeat, ratio, predicted: one row a pair of points; or why there are none."""
+    axes = labels_of(points)
+    named = [*claim.numerator, *claim.denominator, *claim.where]
+    missing = sorted({axis for axis in named if axis not in axes})
+    if missing:
+        return f"axis {', '.join(missing)} does not vary in this sweep"
+    usable = measured[np.isfinite(measured[claim.metric])]
+    if usable.empty:
+        return f"no measured point has {claim.metric}; run saih probe for a measured peak"
+    chosen = _select(usable, points, claim.where)
+    top = _select(chosen, points, claim.numerator)
+    bottom = _select(chosen, points, claim.denominator)
+    rest = [f"label_{axis}" for axis in axes if axis not in claim.numerator]
+    columns = [*rest, "repeat", claim.metric]
+    top = top[columns].assign(predicted=_prediction(points, top, claim.metric))
+    bottom = bottom[columns].assign(predicted=_prediction(points, bottom, claim.metric))
+    pairs = top.merge(bottom, on=[*rest, "repeat"], suffixes=("_top", "_bottom"))
+    if pairs.empty:
+        wanted = [", ".join(f"{axis}={label}" for axis, label in side.items()) for side in (claim.numerator, claim.denominator)]
+        return f"no measured pair of {wanted[0]} and {wanted[1]}"
+    ratio = pairs[f"{claim.metric}_top"] / pairs[f"{claim.metric}_bottom"]
+    predicted = pairs["predicted_top"] / pairs["predicted_bottom"]
+    kept = pairs.assign(ratio=ratio, predicted=predicted)
+    if set(claim.numerator.values()) == {"last"} and (kept["ratio"] == 1).all():
+        return f"only one rung of {', '.join(claim.numerator)} is measured"
+    return kept[["repeat", "ratio", "predicted"]]
+
+
+def _select(table: pd.DataFrame, points: pd.DataFrame, labels: Mapping[str, str]) -> pd.DataFrame:
+    """Rows at these labels; "first" and "last" mean the ends of each series that differs in this axis only."""
+    for axis, label in labels.items():
+        column = f"label_{axis}"
+        if label not in ("first", "last"):
+            table = table[table[column] == label]
+            continue
+        size = points.loc[table.index, f"size_{axis}"]
+        others = [name for name in table.columns if name.startswith("label_") and name != column] + ["repeat"]
+        grouped = size.groupby([table[name] for name in others])
+        ends = grouped.transform("min" if label == "first" else "max")
+        several = grouped.transform("nunique") > 1
+        table = table[(size == ends) & several]
+    return table
+
+
+def _prediction(points: pd.DataFrame, table: pd.DataFrame, metric: str) -> pd.Series:
+    """The planned value of the metric, up to a factor that cancels in a ratio; NaN where none is planned."""
+    planned = points.loc[table.index]
+    if metric == "step_s":
+        return planned["predicted_step_s"]
+    amount = {"percent_of_peak": "predicted_flop", "percent_of_datasheet": "predicted_flop", "work_per_s_per_rank": "predicted_work"}
+    if metric not in amount:
+        return pd.Series(np.nan, index=planned.index)
+    return planned[amount[metric]] / planned["predicted_step_s"]
+
+
+def _predicted(pairs: pd.DataFrame) -> float | None:
+    ratio = float(np.exp(np.log(pairs["predicted"]).mean()))
+    return ratio if np.isfinite(ratio) else None
+
+
+def evaluate_all(claims: Sequence[Claim], points: pd.DataFrame, measured: pd.DataFrame, workload: str) -> list[dict[str, Any]]:
+    """Every claim of a workload's spec, with the workload's name."""
+    return [{"workload": workload} | evaluate(claim, points, measured) for claim in claims]

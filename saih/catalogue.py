@@ -1,0 +1,61 @@
+"""What `saih list` shows: workloads, their axes and rungs, and what each rung costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saih import workload
+from saih.core import Params, Point
+from saih.errors import SaihError
+from saih.plan import predict_step_s, rates
+from saih.site import Site
+
+
+def names() -> list[str]:
+    """Names of all workloads."""
+    return list(workload.packages())
+
+
+def describe(name: str, site: Site) -> dict[str, Any]:
+    """A workload as plain data; each rung with its cost while everything else is at its default."""
+    spec = workload.spec(name)
+    known = workload.parameters(spec)
+    defaults = {key: parameter.default for key, parameter in known.items()}
+    return {
+        "name": name,
+        "title": spec.TITLE,
+        "paper": spec.PAPER,
+        "work_unit": spec.WORK_UNIT,
+        "axes": [
+            {
+                "name": axis.name,
+                "unit": axis.unit,
+                "rungs": [
+                    {"label": rung.label, "size": rung.size, "params": dict(rung.params)}
+                    | _cost(name, defaults | dict(rung.params), site)
+                    for rung in axis.rungs
+                ],
+            }
+            for axis in spec.AXES
+        ],
+        "parameters": [
+            {"name": each.name, "default": each.default, "unit": each.unit, "help": each.help, "choices": list(each.choices)}
+            for each in known.values()
+        ],
+    }
+
+
+def _cost(name: str, params: Params, site: Site) -> dict[str, Any]:
+    point = Point(name, params)
+    try:
+        cost = workload.spec(name).cost(point.params)
+    except SaihError as error:
+        return {"error": str(error)}
+    return {
+        "parameters": cost.parameters,
+        "flop": cost.flop,
+        "work": cost.work,
+        "device_bytes": cost.device_bytes,
+        "disk_bytes": cost.disk_bytes,
+        "step_s": predict_step_s(cost, rates(site, str(params.get("precision", "fp32")), None)),
+    }

@@ -1,0 +1,426 @@
+"""The command line: one verb, one function. It alone prints, and turns a SaihError into one line and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saih import __version__
+from saih.errors import SaihError
+
+if TYPE_CHECKING:
+    from saih.core import Sweep
+    from saih.jobs import SweepFolder
+    from saih.plan import Plan
+    from saih.site import Site
+
+JOBS, RESULTS, REPORTS = Path("jobs"), Path("results"), Path("reports")
+LISTED = 20
+"""Points and pruned points shown before "... and N more"; the files have them all."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit status."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(options.verb(options))
+    except SaihError as error:
+        print(f"saih: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"saih: {place}{error.strerror or error}; what was finished is kept, run the same command again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("saih: stopped; what was measured is kept, the same command goes on with the rest", file=sys.stderr)
+        return 130
+
+
+def list_(options: argparse.Namespace) -> int:
+    """Show workloads, or one workload's axes, rungs, units, parameter counts and predicted costs."""
+    from saih import catalogue
+
+    site = _site(options.site)
+    if options.json:
+        import json
+
+        names = [options.workload] if options.workload else catalogue.names()
+        print(json.dumps([catalogue.describe(name, site) for name in names], indent=1))
+        return 0
+    if options.workload is None:
+        for name in catalogue.names():
+            print(f"{name:14}{catalogue.describe(name, site)['title']}")
+        print("\nsaih list WORKLOAD shows its axes, rungs and what each rung costs")
+        return 0
+    _print_workload(catalogue.describe(options.workload, site), site)
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Plan a grid of points, run what fits and is not measured yet, gather it and write the report."""
+    site, asked = _asked(options)
+    _check_folders()
+    ceilings = _ceilings(site, options)
+    plan = _plan(asked, site, ceilings)
+    if options.dry_run:
+        return _dry_run(plan, options, ceilings)
+    _print_plan(plan)
+    folder = _drive(plan, options, ceilings)
+    return _finish(folder, options.mixed)
+
+
+def status(options: argparse.Namespace) -> int:
+    """Show for each sweep, or one, how many points are measured, failed, missing and pruned."""
+    from saih import jobs, schedulers
+    from saih.files import read_json
+
+    folders = [jobs.find(JOBS, options.sweep)] if options.sweep else [
+        jobs.SweepFolder(path.parent) for path in sorted(JOBS.glob("*/sweep.json"))
+    ]
+    for folder in folders:
+        site = read_json(folder.path / "sweep.json")["site"]
+        running = jobs.live_jobs(folder, schedulers.load(site["scheduler"]))
+        counts = ", ".join(f"{count} {kind}" for kind, count in jobs.status(folder).items() if count)
+        print(f"{folder.path.name}: {counts or 'nothing planned'}" + (f"; {len(running)} job running" if running else ""))
+    if not folders:
+        print("no sweep yet; start one with: saih sweep --axis data,model")
+    return 0
+
+
+def gather(options: argparse.Namespace) -> int:
+    """Collect a sweep's measurements into results/<sweep>.h5."""
+    from saih import jobs, store
+
+    print(store.gather(jobs.find(JOBS, options.sweep), RESULTS, options.mixed))
+    return 0
+
+
+def claims(options: argparse.Namespace) -> int:
+    """Evaluate the claims of the workload: the paper's figure, the predicted and the measured ratio, the verdict."""
+    told = _claims_of(options.results)
+    if options.json:
+        import json
+
+        print(json.dumps({"claims": told}, indent=1))
+        return 0
+    for claim in told:
+        interval = "[{:.3g}, {:.3g}]".format(*claim["interval"]) if claim["interval"] else "no interval"
+        measured = f"measured {claim['measured']:.3g} {interval}" if claim["measured"] else "not measured"
+        predicted = f", predicted {claim['predicted']:.3g}" if claim["predicted"] else ""
+        print(f"{claim['verdict'].upper():15}{claim['workload']} {claim['name']}: {measured}{predicted}, target {claim['target']:g}")
+        for label, text in (("paper", claim["paper"]), ("why", claim["why"])):
+            if text:
+                print(f"{'':15}{label}: {text}")
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write the HTML page of a results file."""
+    from saih.report import page
+
+    print(page.write(options.results, options.output or REPORTS / f"{options.results.stem}.html"))
+    return 0
+
+
+def probe(options: argparse.Namespace) -> int:
+    """Measure what this site can do at best, and keep it for every later % of peak."""
+    from saih.report import page
+
+    site = _site(options.site)
+    _check_folders()
+    path, results = _probe(site, options)
+    print(f"ceilings {path}")
+    print(f"report   {page.write(results, REPORTS / f'{results.stem}.html')}")
+    return 0
+
+
+def _asked(options: argparse.Namespace) -> tuple[Site, Sweep]:
+    """The site and the sweep that the command line, or a study file and the command line over it, ask for."""
+    from saih import sweep as language
+
+    study, where, name = None, "", options.workload or language.DEFAULT_WORKLOAD
+    axes, settings = language.parse_axes(options.axis), dict(language.parse_settings(options.set))
+    if name.endswith((".yaml", ".yml")):
+        where = name
+        study = language.read_study(Path(name))
+        name = study.workload
+        axes = axes or study.axes
+        settings = {**study.set, **settings}
+    site = _site(options.site or (study.site if study and study.site else "local"))
+    budget = options.time_budget or (study.time_budget if study else None) or site.time_budget
+    asked = language.make_sweep(
+        name,
+        axes,
+        settings,
+        where,
+        repeat=options.repeat or (study.repeat if study and study.repeat else site.repeat),
+        seed=options.seed if options.seed is not None else (study.seed if study else 0),
+        site=site.name,
+        time_budget_s=language.parse_duration(budget) if budget else None,
+    )
+    return site, asked
+
+
+def _plan(asked: Sweep, site: Site, ceilings: dict[str, Any] | None) -> Plan:
+    from saih import plan as planning
+    from saih import sweep as language
+
+    grid = language.points(asked, site.defaults)
+    name = language.sweep_name(asked, grid)
+    rates = ceilings["rates"] if ceilings else None
+    return planning.make_plan(asked, name, grid, site, rates, Path(site.data_folder))
+
+
+def _drive(plan: Plan, options: argparse.Namespace, ceilings: dict[str, Any] | None) -> SweepFolder:
+    """Run what is not measured yet, under the sweep's lock."""
+    from rich.console import Console
+
+    from saih import jobs, live
+
+    folder = jobs.SweepFolder(JOBS / plan.name)
+    with folder.lock():
+        if options.fresh:
+            jobs.set_aside(folder)
+        folder = jobs.prepare(plan, JOBS, _command(), ceilings)
+        with live.Live(plan, Console(stderr=True)) as view:
+            jobs.run(folder, plan, view)
+    return folder
+
+
+def _finish(folder: SweepFolder, mixed: bool) -> int:
+    """Gather, report, and say in a few lines what came out."""
+    from saih import jobs, store
+    from saih.report import page
+
+    counts = jobs.status(folder)
+    results = store.gather(folder, RESULTS, mixed)
+    written = page.write(results, REPORTS / f"{results.stem}.html")
+    print(page.headline(results))
+    print(f"points   {', '.join(f'{count} {kind}' for kind, count in counts.items() if count)}")
+    print(f"results  {results}")
+    print(f"report   {written}")
+    return 1 if counts["failed"] else 0
+
+
+def _dry_run(plan: Plan, options: argparse.Namespace, ceilings: dict[str, Any] | None) -> int:
+    """Show what would run, write its scripts, start nothing."""
+    from saih import environment, jobs
+    from saih.plan import pack
+
+    folder = jobs.SweepFolder(JOBS / plan.name)
+    written = [
+        jobs.write_job(job, folder, plan.site, environment.own_version())
+        for job in pack(plan.kept, plan.site, folder.path / "dry-run")
+    ]
+    _print_plan(plan, everything=True)
+    for script in written:
+        print(f"script   {script}")
+    print("dry run: nothing was started")
+    return 0
+
+
+def _probe(site: Site, options: argparse.Namespace) -> tuple[Path, Path]:
+    """Sweep the ceilings workload; (ceilings file, results file)."""
+    from saih import probe as probing
+    from saih import store
+    from saih import sweep as language
+    from saih.analysis import cells
+    from saih.analysis.ceilings import find_ceilings
+
+    asked = language.make_sweep(
+        probing.WORKLOAD, probing.AXES, probing.SETTINGS, repeat=1, site=site.name, time_budget_s=probing.TIME_BUDGET_S
+    )
+    plan = _plan(asked, site, None)
+    folder = _drive(plan, options, None)
+    results = store.gather(folder, RESULTS, options.mixed)
+    points, samples = store.load(results), store.load_samples(results)
+    table = cells.per_cell(points, cells.job_steps(points, samples), points.attrs["sweep"])
+    if not (table["status"] == "measured").any():
+        raise SaihError(f"no ceiling could be measured on site {site.name}; see: saih report {results}")
+    ceilings = find_ceilings(table, points.attrs["environments"][0])
+    return probing.save(RESULTS, site, ceilings, results), results
+
+
+def _ceilings(site: Site, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The site's stored ceilings; measured now where they are missing and the site is this machine."""
+    from saih import probe as probing
+
+    ceilings, why = probing.load(RESULTS, site)
+    if ceilings is None and not options.no_probe and not options.dry_run and options.workload != probing.WORKLOAD:
+        print(f"{why}: measuring its ceilings first", file=sys.stderr)
+        fresh = argparse.Namespace(fresh=True, mixed=False)
+        _probe(site, fresh)
+        ceilings, why = probing.load(RESULTS, site)
+    return ceilings
+
+
+def _claims_of(path: Path) -> list[dict[str, Any]]:
+    from saih import store, workload
+    from saih.analysis import cells
+    from saih.analysis import claims as judging
+
+    points, samples = store.load(path), store.load_samples(path)
+    sweep = points.attrs["sweep"]
+    measured = cells.per_point(points, cells.job_steps(points, samples), sweep)
+    return judging.evaluate_all(workload.spec(sweep["workload"]).CLAIMS, points, measured, sweep["workload"])
+
+
+def _site(name: str | None) -> Site:
+    from saih import site
+
+    return site.load(name or "local")
+
+
+def _check_folders() -> None:
+    """Refuse before measuring what could not be kept afterwards."""
+    import tempfile
+
+    for folder in (JOBS, RESULTS, REPORTS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise SaihError(f"{folder.absolute()}: cannot be written ({error.strerror}); saih keeps its files there") from None
+
+
+def _print_plan(plan: Plan, everything: bool = False) -> None:
+    shown = len(plan.kept) if everything else 0
+    cells = len({item.point.cell for item in plan.kept})
+    print(
+        f"{plan.name}: {len(plan.kept)} points ({cells} cells x {plan.sweep.repeat} repeats), "
+        f"predicted {_duration(plan.seconds)} on site {plan.site.name}"
+    )
+    for item in plan.kept[:shown]:
+        if item.point.repeat == 0:
+            size = f"{_si(item.cost.parameters)} parameters, {_si(item.cost.flop)}FLOP a step"
+            print(f"  {_labels(item.point):32} {size}, {_si(item.cost.device_bytes)}B, {_si(item.step_s)}s a step")
+    pruned = [item for item in plan.pruned if item.forecast.point.repeat == 0]
+    for item in pruned if everything else pruned[:LISTED]:
+        print(f"  pruned {_labels(item.forecast.point):25} {item.kind}: {item.reason}")
+    if not everything and len(pruned) > LISTED:
+        print(f"  ... and {len(pruned) - LISTED} more pruned cells; --dry-run lists them")
+    if not plan.kept:
+        raise SaihError("no point of this sweep fits; the lines above say why" if pruned else "this sweep has no point")
+
+
+def _print_workload(told: dict[str, Any], site: Site) -> None:
+    print(f"{told['name']}: {told['title']}\n{told['paper']}\n")
+    for axis in told["axes"]:
+        print(f"axis {axis['name']} ({axis['unit']})" if axis["unit"] else f"axis {axis['name']}")
+        for rung in axis["rungs"]:
+            if "error" in rung:
+                print(f"  {rung['label']:>8}  {rung['error']}")
+                continue
+            numbers = f"{_si(rung['parameters'])} parameters, {_si(rung['flop'])}FLOP a step, {_si(rung['device_bytes'])}B"
+            print(f"  {rung['label']:>8}  {numbers}, predicted {_si(rung['step_s'])}s a step on site {site.name}")
+    print("\nparameters (each is an axis too: --axis NAME=A,B)")
+    for parameter in told["parameters"]:
+        choices = f" ({', '.join(map(str, parameter['choices']))})" if parameter["choices"] else ""
+        unit = f" [{parameter['unit']}]" if parameter["unit"] else ""
+        print(f"  {parameter['name'] + '=' + str(parameter['default']):20} {parameter['help']}{unit}{choices}")
+
+
+def _labels(point: Any) -> str:
+    return " ".join(f"{axis}={label}" for axis, label in point.labels.items())
+
+
+def _si(value: float) -> str:
+    """Three digits and a prefix: 68860000000 -> "68.9 G"."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def _command() -> list[str]:
+    return ["saih", *sys.argv[1:]]
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="saih",
+        description="Measure how AI performance on this machine changes as the application grows, and what holds it back.",
+        epilog="Start with: saih sweep --axis data,model",
+    )
+    parser.add_argument("--version", action="version", version=f"saih {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    listing = _verb(verbs, "list", list_)
+    listing.add_argument("workload", nargs="?", metavar="WORKLOAD")
+    listing.add_argument("--json", action="store_true", help="machine-readable")
+    listing.add_argument("--site", metavar="NAME|FILE", help="predict for this site (default: local)")
+
+    sweeping = _verb(verbs, "sweep", sweep)
+    sweeping.add_argument("workload", nargs="?", metavar="WORKLOAD|STUDY.yaml", help="default: cosmoflow")
+    sweeping.add_argument("--axis", action="append", default=[], metavar="A,B=1,2", help="axes to vary; A=x,y picks rungs")
+    sweeping.add_argument("--set", action="append", default=[], metavar="NAME=VALUE,...", help="set other parameters")
+    sweeping.add_argument("--repeat", type=_positive, metavar="N", help="repeats of every point (default: the site's)")
+    sweeping.add_argument("--seed", type=_natural, metavar="N", help="seed of data and weights (default: 0)")
+    sweeping.add_argument("--site", metavar="NAME|FILE", help="where to run (default: local)")
+    sweeping.add_argument("--time-budget", metavar="TIME", help="leave out the points that would take longer: 90s, 10m, 2h")
+    sweeping.add_argument("--dry-run", action="store_true", help="show points, pruned points and scripts; start nothing")
+    sweeping.add_argument("--fresh", action="store_true", help="set earlier measurements of this sweep aside and start over")
+    sweeping.add_argument("--no-probe", action="store_true", help="do not measure missing ceilings first")
+    _mixed(sweeping)
+
+    statuses = _verb(verbs, "status", status)
+    statuses.add_argument("sweep", nargs="?", metavar="SWEEP")
+
+    gathering = _verb(verbs, "gather", gather)
+    gathering.add_argument("sweep", metavar="SWEEP")
+    _mixed(gathering)
+
+    judging = _verb(verbs, "claims", claims)
+    judging.add_argument("results", type=Path, metavar="RESULTS.h5")
+    judging.add_argument("--json", action="store_true", help="machine-readable")
+
+    reporting = _verb(verbs, "report", report)
+    reporting.add_argument("results", type=Path, metavar="RESULTS.h5")
+    reporting.add_argument("-o", "--output", type=Path, metavar="FILE.html")
+
+    probing = _verb(verbs, "probe", probe)
+    probing.add_argument("--site", metavar="NAME|FILE", help="which site (default: local)")
+    probing.set_defaults(fresh=True, mixed=False)
+    return parser
+
+
+def _verb(verbs: Any, name: str, function: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
+    parser.set_defaults(verb=function)
+    return parser
+
+
+def _mixed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mixed", action="store_true", help="accept measurements from different machines or versions")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

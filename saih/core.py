@@ -1,0 +1,307 @@
+"""The nouns: frozen values that planning, workers and analysis share. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+from saih.errors import SaihError, unknown
+from saih.files import digest
+
+FORMAT = 1
+"""Number of the layout of sweep.json, pack.json, measurement.json and the results file."""
+
+PHASES = ("input", "transfer", "compute", "communication", "other")
+
+Value = bool | int | float | str
+Params = Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One setting of a workload: its type is the type of its default."""
+
+    name: str
+    default: Value
+    unit: str = ""
+    help: str = ""
+    choices: tuple[Value, ...] = ()
+    minimum: float | None = None
+
+    def parse(self, given: object, where: str = "") -> Value:
+        """`given` (text, or a YAML scalar) as this parameter's type; SaihError names the valid choices."""
+        place = f"{where}: " if where else ""
+        kind = type(self.default)
+        try:
+            value = _convert(given, kind)
+        except ValueError:
+            raise SaihError(f"{place}{self.name} must be {_KINDS[kind]}, not {given!r}") from None
+        if self.choices and value not in self.choices:
+            raise unknown(f"value of {self.name}", value, self.choices, where)
+        if self.minimum is not None and not isinstance(value, str) and value < self.minimum:
+            raise SaihError(f"{place}{self.name} must be at least {self.minimum:g}, not {value}")
+        return value
+
+
+_KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _convert(given: object, kind: type) -> Value:
+    if kind is bool:
+        if isinstance(given, bool):
+            return given
+        if str(given).lower() in ("true", "false"):
+            return str(given).lower() == "true"
+        raise ValueError
+    if isinstance(given, bool) or not isinstance(given, (int, float, str)):
+        raise ValueError
+    if kind is int:
+        if isinstance(given, float):
+            raise ValueError
+        return int(given)
+    return float(given) if kind is float else str(given)
+
+
+COMMON = (
+    Parameter("nodes", 1, "nodes", "nodes of the allocation", minimum=1),
+    Parameter("gpus", 1, "per node", "devices used on each node, one rank each; CPU ranks on a site without GPUs", minimum=1),
+    Parameter("warmup", 2, "steps", "steps run before the clock counts", minimum=0),
+    Parameter("steps", 5, "steps", "timed steps at the least", minimum=1),
+    Parameter("seconds", 1.0, "s", "go on timing until this much time is measured ...", minimum=0),
+    Parameter("max_steps", 50, "steps", "... or this many steps", minimum=1),
+)
+"""Parameters every workload has: the allocation, and how long a point is measured."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of a ladder: a label, the parameters it sets, and the size to plot it at."""
+
+    label: str
+    params: Params
+    size: float
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A direction the application grows in: a name, a unit, and a ladder of rungs from small to large."""
+
+    name: str
+    unit: str
+    rungs: tuple[Rung, ...]
+
+    def pick(self, labels: Sequence[object], where: str = "") -> Axis:
+        """This axis with only the rungs named, in ladder order; SaihError for a label that does not exist."""
+        wanted = [str(label) for label in labels]
+        known = [rung.label for rung in self.rungs]
+        for label in wanted:
+            if label not in known:
+                raise unknown(f"rung of axis {self.name}", label, known, where)
+        return Axis(self.name, self.unit, tuple(rung for rung in self.rungs if rung.label in wanted))
+
+
+def axis_of(parameter: Parameter, values: Sequence[object] = (), where: str = "") -> Axis:
+    """Any parameter as an axis: one rung for each value, by default for each of its choices."""
+    if not values and not parameter.choices:
+        raise SaihError(f"{where or 'axis'}: {parameter.name} has no ladder of its own; name its values: {parameter.name}=A,B")
+    parsed = [parameter.parse(value, where) for value in values or parameter.choices]
+    rungs = [
+        Rung(str(value), {parameter.name: value}, float(place if isinstance(value, str) else value))
+        for place, value in enumerate(dict.fromkeys(parsed))
+    ]
+    return Axis(parameter.name, parameter.unit, tuple(rungs))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel of a step: FLOP (2 for each multiply-add) and bytes moved through device memory."""
+
+    flop: float
+    moved_bytes: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a point costs, predicted from its parameters alone. Per rank and per step unless said otherwise."""
+
+    flop: float
+    work: float
+    operations: tuple[Operation, ...] = ()
+    parameters: int = 0
+    device_bytes: float = 0.0
+    """Peak device memory."""
+    input_bytes: float = 0.0
+    message_bytes: float = 0.0
+    """Bytes handed to collectives."""
+    disk_bytes: float = 0.0
+    """Files the point needs, shared by all ranks."""
+    setup_s: float = 0.0
+    """Seconds to make those files where they do not exist yet."""
+    check_steps: float = 0.0
+    """What the correctness check costs, in steps."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of parameters of one workload, one repeat of it. Its id is a hash of its content."""
+
+    workload: str
+    params: Params
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Axis name -> rung label, for people; not part of the identity."""
+    repeat: int = 0
+    seed: int = 0
+
+    @cached_property
+    def cell(self) -> str:
+        """Identity without the repeat: points of one cell are repeats of each other."""
+        return digest({"workload": self.workload, "params": dict(self.params), "seed": self.seed})[:16]
+
+    @cached_property
+    def id(self) -> str:
+        """Identity: 16 hexadecimal digits."""
+        return digest({"cell": self.cell, "repeat": self.repeat})[:16]
+
+    @cached_property
+    def folder(self) -> str:
+        """Name of the point's folder: labels a person recognises, then the id."""
+        words = [f"{axis}={label}" for axis, label in self.labels.items()] + [f"r{self.repeat}"]
+        readable = "".join(letter if letter.isalnum() or letter in "=._-" else "-" for letter in "_".join(words))
+        return f"{readable[:80]}_{self.id[:8]}"
+
+    @property
+    def nodes(self) -> int:
+        return int(self.params["nodes"])
+
+    @property
+    def gpus(self) -> int:
+        """Ranks on each node."""
+        return int(self.params["gpus"])
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
+
+    def timed_steps(self, step_s: float) -> int:
+        """How many steps are timed when one takes `step_s`: enough for `seconds`, within [`steps`, `max_steps`]."""
+        fewest, most = int(self.params["steps"]), int(self.params["max_steps"])
+        wanted = math.ceil(float(self.params["seconds"]) / step_s) if step_s > 0 else most
+        return max(fewest, min(most, wanted))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "cell": self.cell} | asdict(self) | {"params": dict(self.params), "labels": dict(self.labels)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Point:
+        return cls(value["workload"], value["params"], value["labels"], value["repeat"], value["seed"])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A workload, the axes that vary (full grid), what is set besides, and how often each point repeats."""
+
+    workload: str
+    axes: tuple[Axis, ...]
+    overrides: Params = field(default_factory=dict)
+    repeat: int = 1
+    seed: int = 0
+    site: str = "local"
+    time_budget_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands in its job."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pack of points that share an allocation, and the folder its script, log and events live in."""
+
+    folder: str
+    name: str
+    points: tuple[Point, ...]
+    nodes: int
+    gpus: int
+    time_limit_s: float
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step did on one rank: units of work, model FLOP, bytes moved through device memory."""
+
+    units: float
+    flop: float = 0.0
+    moved_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict on correctness, with the numbers it rests on."""
+
+    passed: bool
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a workload promises, in one line of data: `metric` at `numerator` over `metric` at `denominator`.
+
+    `numerator`, `denominator` and `where` map an axis to a rung label; "first" and "last" mean the smallest and the
+    largest rung measured. All other labels of the two cells are equal; over such pairs the geometric mean is taken.
+    The claim holds when the whole 95 % interval of the ratio is on the better side of `target`.
+    """
+
+    name: str
+    text: str
+    metric: str
+    numerator: Mapping[str, str]
+    denominator: Mapping[str, str]
+    target: float
+    better: Literal["higher", "lower"] = "higher"
+    where: Mapping[str, str] = field(default_factory=dict)
+    paper: str = ""
+    """The paper's figure in its own words; empty where it states none."""
+
+
+class Clock(Protocol):
+    """What a workload sees of the clock: it says which phase begins now, saih does the timing."""
+
+    def enter(self, phase: str) -> None:
+        """From here on time counts as `phase`, one of PHASES."""
+
+
+class Bench(Protocol):
+    """A point made ready to run on one rank: what `bench.setup(point, context)` returns."""
+
+    def check(self) -> Check:
+        """Run before timing; must leave the state as `setup` made it."""
+
+    def step(self, clock: Clock) -> Work:
+        """One step, all of it; returns what was done."""
+
+    def close(self) -> None:
+        """Let go of memory and files."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rank knows of its place when it sets up a point."""
+
+    place: Place
+    device: str
+    """A torch device: "cpu" or "cuda:0"."""
+    data_folder: str
+    """Where data sets live; shared by all ranks."""

@@ -1,0 +1,3 @@
+"""stub while building"""
+def write(results, output): return output
+def headline(results): return ""

@@ -1,0 +1,215 @@
+"""A site: one YAML file that says how a machine is used and what its parts promise."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from saih import yamlfile
+from saih.core import Value
+from saih.errors import SaihError, unknown
+
+SHIPPED = Path(__file__).parent / "sites"
+GIB = 2**30
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Peak(BaseModel):
+    """What a part promises: FLOP/s by precision and memory bytes/s, of one device, with the source of the figures."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    flop_per_s: Mapping[str, Positive] = Field(default_factory=dict)
+    memory_bytes_per_s: Positive | None = None
+    source: str = ""
+
+
+class Site(BaseModel):
+    """One machine, as planning and the job scripts see it. A "device" is a GPU, or one CPU rank with its threads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    scheduler: str
+    launcher: str
+    device: Literal["cpu", "cuda"]
+    device_name: str = ""
+    nodes: int = Field(gt=0)
+    gpus_per_node: int = Field(gt=0)
+    threads_per_rank: int = Field(gt=0)
+    node_memory_gib: Positive
+    device_memory_gib: Positive
+    job_minutes: Positive = 60.0
+    time_budget: str | None = None
+    repeat: int = Field(default=1, gt=0)
+    data_folder: str = "data"
+    peak: Peak = Peak()
+    environment: Mapping[str, str] = Field(default_factory=dict)
+    setup: tuple[str, ...] = ()
+    defaults: Mapping[str, Value] = Field(default_factory=dict)
+
+
+class SiteFile(BaseModel):
+    """The keys of a site file. What is left out is looked up on the machine saih runs on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    description: str = ""
+    scheduler: str = "local"
+    launcher: str = "torchrun"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_name: str | None = None
+    nodes: int = Field(default=1, gt=0)
+    gpus_per_node: int | None = Field(default=None, gt=0)
+    threads_per_rank: int | None = Field(default=None, gt=0)
+    node_memory_gib: Positive | None = None
+    device_memory_gib: Positive | None = None
+    job_minutes: Positive = 60.0
+    time_budget: str | None = None
+    repeat: int = Field(default=1, gt=0)
+    data_folder: str = "data"
+    peak: Peak | None = None
+    environment: dict[str, str] = Field(default_factory=dict)
+    setup: list[str] = Field(default_factory=list)
+    defaults: dict[str, bool | int | float | str] = Field(default_factory=dict)
+
+
+def names() -> list[str]:
+    """Names of the sites that `--site NAME` finds: ./sites/*.yaml, then those shipped with saih."""
+    return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
+
+
+def load(name: str) -> Site:
+    """The site of that name or file, with all that its file leaves out filled in from this machine."""
+    path = _find(name)
+    file = yamlfile.load(path, SiteFile)
+    gpus = find_gpus() if file.device != "cpu" else []
+    device: Literal["cpu", "cuda"] = "cuda" if file.device == "cuda" or gpus else "cpu"
+    if device == "cuda" and not gpus and (file.gpus_per_node is None or file.device_memory_gib is None):
+        raise SaihError(f"{path}: no GPU is visible here, so gpus_per_node and device_memory_gib must be stated")
+    cores = len(os.sched_getaffinity(0))
+    per_node = file.gpus_per_node or (len(gpus) if device == "cuda" else cores)
+    threads = file.threads_per_rank or max(1, cores // per_node)
+    memory_gib = file.node_memory_gib or memory_bytes() / GIB
+    part = file.device_name or (gpus[0][0] if gpus else cpu_name())
+    return Site(
+        name=path.stem,
+        device=device,
+        device_name=part,
+        gpus_per_node=per_node,
+        threads_per_rank=threads,
+        node_memory_gib=memory_gib,
+        device_memory_gib=file.device_memory_gib or (gpus[0][1] / GIB if device == "cuda" else memory_gib / per_node),
+        peak=file.peak or (catalogue_peak(part) if device == "cuda" else nominal_cpu_peak(threads)),
+        setup=tuple(file.setup),
+        **file.model_dump(
+            include={"description", "scheduler", "launcher", "nodes", "job_minutes", "time_budget", "repeat"}
+            | {"data_folder", "environment", "defaults"}
+        ),
+    )
+
+
+def find_gpus() -> list[tuple[str, float]]:
+    """(name, memory bytes) of each NVIDIA GPU here, by nvidia-smi; none where it is missing or fails."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    lines = answer.stdout.splitlines() if answer.returncode == 0 else []
+    pairs = (line.rsplit(",", 1) for line in lines if "," in line)
+    return [(name.strip(), float(mebibytes) * 2**20) for name, mebibytes in pairs]
+
+
+def memory_bytes() -> float:
+    """Host memory this process may use: the machine's, or the control group's limit where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return float(min(total, int(text)) if text.isdigit() else total)
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    return _cpuinfo().get("model name", platform.machine())
+
+
+def nominal_cpu_peak(threads: int) -> Peak:
+    """Peak of `threads` cores: SIMD width x 2 FMA units x the clock the operating system reports, no boost.
+
+    Processors come in too many variants for a catalogue; a site file can state the data sheet's figure instead.
+    """
+    info = _cpuinfo()
+    flags = set(info.get("flags", "").split())
+    clock = _clock_hz(info)
+    family = (info.get("vendor_id", ""), int(info.get("cpu family", "0")))
+    if clock is None or not flags & {"avx2", "avx512f"}:
+        return Peak(source="unknown processor")
+    full_width = "avx512f" in flags and family != ("AuthenticAMD", 25)  # Zen 4 splits 512-bit operations in two
+    fp32 = 64 if full_width else 32
+    cycles = {"fp32": fp32}
+    if "amx_bf16" in flags:
+        cycles["bf16"] = 2048
+    elif "avx512_bf16" in flags:
+        cycles["bf16"] = 2 * fp32
+    source = f"nominal: {threads} core x {clock / 1e9:.2f} GHz (no boost) x {fp32} fp32 FLOP a cycle"
+    return Peak(flop_per_s={name: threads * clock * flop for name, flop in cycles.items()}, source=source)
+
+
+def catalogue_peak(part: str) -> Peak:
+    """Data-sheet peak of a GPU by its name, from parts.yaml; empty where it is not listed."""
+    for pattern, peak in _catalogue().items():
+        if all(word in part.lower().replace("-", " ").split() for word in pattern.lower().split()):
+            return Peak.model_validate(peak)
+    return Peak(source=f"{part} is not in the catalogue; state peak in the site file")
+
+
+@cache
+def _catalogue() -> dict[str, Any]:
+    import yaml
+
+    return dict(yaml.safe_load((SHIPPED.parent / "parts.yaml").read_text()))
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().split("\n\n", 1)[0] if path.exists() else ""
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _clock_hz(info: Mapping[str, str]) -> float | None:
+    stated = Path("/sys/devices/system/cpu/cpu0/cpufreq/base_frequency")
+    if stated.exists():
+        return float(stated.read_text()) * 1e3
+    return float(info["cpu MHz"]) * 1e6 if "cpu MHz" in info else None
+
+
+def _folders() -> list[Path]:
+    return [Path("sites"), SHIPPED]
+
+
+def _find(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        path = Path(name)
+        if not path.is_file():
+            raise SaihError(f"site file {name} does not exist")
+        return path
+    for folder in _folders():
+        path = folder / f"{name}.yaml"
+        if path.is_file():
+            return path
+    raise unknown("site", name, names())
+
+

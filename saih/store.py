@@ -1,0 +1,253 @@
+"""The only user of HDF5: gathers a sweep's measurements into one results file and reads it back.
+
+Format 1 of a results file (documented in results/README.md):
+
+    /            attributes: saih_format = 1, sweep (JSON: what was asked, planned, pruned, with which ceilings)
+    /points/*    one 1-D dataset a column, one entry a point: identity, status, parameters, predictions, check numbers
+    /samples/*   one 1-D dataset a column, one entry a rank and step: point (row of /points), rank, step, warmup,
+                 <phase>_s for each phase, units, flop, moved_bytes
+    /ranks/*     one entry a rank of a point: host, set-up and check time, peak memory, bytes read
+    /environments  JSON strings; points/environment is the row
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from saih.core import FORMAT, PHASES, Point
+from saih.environment import MACHINE_KEYS
+from saih.errors import SaihError
+from saih.files import digest, read_json
+from saih.jobs import SweepFolder
+
+TABLES = ("points", "samples", "ranks")
+UNITS = {"_s": "s", "_bytes": "B", "flop": "FLOP"}
+
+
+def gather(folder: SweepFolder, results: Path, mixed: bool = False) -> Path:
+    """Collect what is measured, failed, pruned and missing into `results`/<sweep>.h5; returns its path.
+
+    Written aside, compared with the frames it was made from, then renamed. Raises SaihError where measurements come
+    from different machines or versions (unless `mixed`), or the results folder cannot be written.
+    """
+    sweep = read_json(folder.path / "sweep.json")
+    frames, environments = _collect(folder, sweep)
+    if not mixed:
+        _refuse_mixture(environments)
+    path = results / f"{folder.path.name}.h5"
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=results, prefix=f".{path.name}.")
+    except OSError as error:
+        raise SaihError(f"{results}: results cannot be written there ({error.strerror}); name another with --results") from None
+    os.close(handle)
+    try:
+        _write(Path(aside), sweep, frames, environments)
+        _compare(Path(aside), frames)
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load(path: Path | str) -> pd.DataFrame:
+    """The flat table: one row a point. `attrs` holds "sweep" (dict) and "environments" (list of dict).
+
+    Raises SaihError for a file that is missing, truncated, not HDF5, or of another format number.
+    """
+    with _open(Path(path)) as file:
+        frame = _read_table(file["points"])
+        frame.attrs["sweep"] = json.loads(file.attrs["sweep"])
+        frame.attrs["environments"] = [json.loads(text) for text in file["environments"].asstr()[:]]
+        return frame
+
+
+def load_samples(path: Path | str) -> pd.DataFrame:
+    """Raw samples: one row a rank and step; `point` is the row of the flat table; `step_s` is the sum of the phases."""
+    with _open(Path(path)) as file:
+        frame = _read_table(file["samples"])
+    frame["step_s"] = frame[[f"{phase}_s" for phase in PHASES]].sum(axis=1)
+    return frame
+
+
+def load_ranks(path: Path | str) -> pd.DataFrame:
+    """One row a rank of a point: host, memory, bytes read."""
+    with _open(Path(path)) as file:
+        return _read_table(file["ranks"])
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise SaihError(f"{path}: no such results file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise SaihError(f"{path}: not a whole HDF5 file ({error})") from None
+    number = file.attrs.get("saih_format")
+    if number != FORMAT or any(name not in file for name in (*TABLES, "environments")):
+        file.close()
+        raise SaihError(f"{path}: format {number}, this saih reads format {FORMAT}; gather the sweep again")
+    return file
+
+
+def _collect(folder: SweepFolder, sweep: Mapping[str, Any]) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]]]:
+    environments: dict[str, int] = {}
+    distinct: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
+    ranks: list[dict[str, Any]] = []
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in _sample_columns()}
+    for planned in sweep["points"]:
+        row = _planned_row(sweep, planned)
+        home = folder.points / Point.from_json(planned["point"]).folder
+        outcome, failure = home / "measurement.json", home / "failure.json"
+        if outcome.exists():
+            measurement = read_json(outcome)
+            _append_samples(samples, len(points), home, measurement)
+            ranks += _rank_rows(len(points), measurement)
+            row |= {"status": "measured", "ranks": measurement["ranks"], "began": measurement["began"]}
+            row |= {f"check_{name}": value for name, value in measurement["check"].items()}
+            row["environment"] = _intern(measurement["environment"], environments, distinct)
+        elif failure.exists():
+            told = read_json(failure)
+            row |= {"status": "failed", "kind": told["kind"], "reason": told["reason"], "log_tail": told["log_tail"]}
+        else:
+            row |= {"status": "missing", "kind": "missing", "reason": "not run yet"}
+        points.append(row)
+    for planned in sweep["pruned"]:
+        row = _planned_row(sweep, planned)
+        points.append(row | {"status": "pruned", "kind": planned["kind"], "reason": planned["reason"]})
+    frames = {
+        "points": _tidy(pd.DataFrame(points)),
+        "samples": pd.DataFrame({name: np.concatenate(parts) if parts else [] for name, parts in samples.items()}),
+        "ranks": _tidy(pd.DataFrame(ranks, columns=["point", "rank", "host"] if not ranks else None)),
+    }
+    return frames, distinct
+
+
+def _planned_row(sweep: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
+    point = planned["point"]
+    sizes = {axis["name"]: {rung["label"]: rung["size"] for rung in axis["rungs"]} for axis in sweep["axes"]}
+    row: dict[str, Any] = {name: point[name] for name in ("id", "cell", "workload", "repeat", "seed")}
+    row |= {"status": "", "kind": "", "reason": "", "log_tail": "", "environment": -1}
+    for axis, label in point["labels"].items():
+        row |= {f"label_{axis}": label, f"size_{axis}": sizes[axis][label]}
+    row |= {f"param_{name}": value for name, value in point["params"].items()}
+    return row | {f"predicted_{name}": float(value) for name, value in planned["predicted"].items()}
+
+
+def _sample_columns() -> list[str]:
+    return ["point", "rank", "step", "warmup", *(f"{phase}_s" for phase in PHASES), "units", "flop", "moved_bytes"]
+
+
+def _append_samples(samples: dict[str, list[np.ndarray]], row: int, home: Path, measurement: Mapping[str, Any]) -> None:
+    path = home / "samples.npz"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SaihError(f"{path}: cannot be read ({error.strerror}); remove its folder and run the sweep again") from None
+    if hashlib.sha256(content).hexdigest() != measurement["samples_sha256"]:
+        raise SaihError(f"{path}: damaged, its checksum differs; remove its folder and run the sweep again")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        for warmup in (True, False):
+            phase_s = arrays["warmup_phase_s" if warmup else "phase_s"]
+            ranks, steps, _ = phase_s.shape
+            count = ranks * steps
+            done = {name: np.full(count, np.nan) if warmup else arrays[name].reshape(count) for name in _sample_columns()[-3:]}
+            columns = {
+                "point": np.full(count, row),
+                "rank": np.repeat(np.arange(ranks), steps),
+                "step": np.tile(np.arange(steps), ranks),
+                "warmup": np.full(count, warmup),
+                **{f"{phase}_s": phase_s[..., place].reshape(count) for place, phase in enumerate(PHASES)},
+                **done,
+            }
+            for name, values in columns.items():
+                samples[name].append(values)
+
+
+def _rank_rows(row: int, measurement: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    for rank, host in enumerate(measurement["hosts"]):
+        values = {name: column[rank] for name, column in measurement["per_rank"].items()}
+        yield {"point": row, "rank": rank, "host": host} | values
+
+
+def _intern(value: dict[str, Any], known: dict[str, int], distinct: list[dict[str, Any]]) -> int:
+    key = digest(value)
+    if key not in known:
+        known[key] = len(distinct)
+        distinct.append(value)
+    return known[key]
+
+
+def _refuse_mixture(environments: list[dict[str, Any]]) -> None:
+    for key in MACHINE_KEYS:
+        seen = sorted({str(found.get(key)) for found in environments})
+        if len(seen) > 1:
+            raise SaihError(
+                f"the measurements differ in {key}: {' and '.join(seen)}; measure again with --fresh, "
+                "or mix them knowingly with --mixed"
+            )
+
+
+def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
+    """Text columns hold text, with "" for missing; all others numbers, with NaN for missing."""
+    for name in frame.columns:
+        values = frame[name]
+        if not pd.api.types.is_numeric_dtype(values):
+            text = values.map(lambda value: isinstance(value, str)).any()
+            frame[name] = values.fillna("").astype(str) if text else values.astype(np.float64)
+    return frame
+
+
+def _write(path: Path, sweep: Mapping[str, Any], frames: Mapping[str, pd.DataFrame], environments: list[Any]) -> None:
+    with h5py.File(path, "w") as file:  # a name of our own, made by mkstemp: nobody else writes here
+        file.attrs["saih_format"] = FORMAT
+        file.attrs["sweep"] = json.dumps({name: value for name, value in sweep.items() if name not in ("points", "pruned")})
+        file.create_dataset("environments", data=[json.dumps(value, sort_keys=True) for value in environments], dtype=h5py.string_dtype())
+        for name, frame in frames.items():
+            group = file.create_group(name)
+            group.attrs["columns"] = list(frame.columns)
+            for column in frame.columns:
+                _write_column(group, column, frame[column])
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
+
+
+def _write_column(group: h5py.Group, name: str, values: pd.Series) -> None:
+    text = not pd.api.types.is_numeric_dtype(values)
+    data = values.to_numpy(dtype=object) if text else values.to_numpy()
+    dataset = group.create_dataset(name, data=data, dtype=h5py.string_dtype() if text else None)
+    unit = next((unit for ending, unit in UNITS.items() if name.endswith(ending)), None)
+    if unit:
+        dataset.attrs["unit"] = unit
+
+
+def _compare(path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
+    """The copy must say what the originals said, before anybody relies on it."""
+    with _open(path) as file:
+        for name, frame in frames.items():
+            copy = _read_table(file[name])
+            for column in frame.columns:
+                if not copy[column].equals(frame[column].astype(copy[column].dtype)):
+                    raise SaihError(f"{path}: column {name}/{column} did not survive writing; the job folders are untouched")
+
+
+def _read_table(group: h5py.Group) -> pd.DataFrame:
+    columns = {}
+    for name in group.attrs["columns"]:
+        data = group[name]
+        columns[name] = data.asstr()[:] if h5py.check_string_dtype(data.dtype) else data[:]
+    return pd.DataFrame(columns)

@@ -1,0 +1,141 @@
+"""The sweep language: command-line words or a study file become a Sweep, and a Sweep becomes points."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from saih import workload, yamlfile
+from saih.core import Axis, Params, Point, Sweep, Value, axis_of
+from saih.errors import SaihError, unknown
+from saih.files import digest
+
+DEFAULT_WORKLOAD = "cosmoflow"
+
+Scalar = bool | int | float | str
+
+
+class StudyFile(BaseModel):
+    """The keys of a study: the same words as on the command line."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    workload: str = DEFAULT_WORKLOAD
+    axes: dict[str, list[Scalar] | None]
+    set: dict[str, Scalar] = Field(default_factory=dict)
+    repeat: int | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0)
+    site: str | None = None
+    time_budget: str | None = None
+
+
+def read_study(path: Path) -> StudyFile:
+    """The study in a YAML file; SaihError names the line of what does not fit."""
+    return yamlfile.load(path, StudyFile)
+
+
+def parse_axes(words: Sequence[str]) -> dict[str, list[Scalar] | None]:
+    """`--axis data,model --axis gpus=1,2` -> axis name -> rung labels, None for the whole ladder."""
+    axes: dict[str, list[Scalar] | None] = {}
+    for word in words:
+        name: str | None = None
+        for part in word.split(","):
+            if "=" in part:
+                name, label = part.split("=", 1)
+                axes[name] = [label]
+            elif name is not None:
+                axes[name] = [*(axes[name] or []), part]
+            else:
+                axes[part] = None
+    if "" in axes:
+        raise SaihError(f"--axis {','.join(words)}: an axis has no name; write --axis data,model or --axis data=32,64")
+    return axes
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, str]:
+    """`--set width=2,precision=bf16` -> {"width": "2", "precision": "bf16"}."""
+    settings = {}
+    for part in ",".join(words).split(",") if words else []:
+        name, sign, value = part.partition("=")
+        if not sign or not name:
+            raise SaihError(f"--set {part}: write --set NAME=VALUE,NAME=VALUE")
+        settings[name] = value
+    return settings
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in "90", "90s", "10m" or "2h"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", text.strip())
+    if not match:
+        raise SaihError(f"time budget {text!r}: write a number of seconds, or 90s, 10m, 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def make_sweep(
+    name: str, axes: Mapping[str, Sequence[Scalar] | None], settings: Mapping[str, Scalar], where: str = "", **rest: object
+) -> Sweep:
+    """A Sweep whose axes, rungs and settings all exist; SaihError names the nearest valid ones."""
+    spec = workload.spec(name)
+    known = workload.parameters(spec)
+    ladders = {axis.name: axis for axis in spec.AXES}
+    chosen = []
+    for axis, labels in axes.items():
+        if axis in ladders:
+            chosen.append(ladders[axis].pick(labels, where) if labels else ladders[axis])
+        elif axis in known:
+            chosen.append(axis_of(known[axis], labels or (), where))
+        else:
+            raise unknown("axis", axis, [*ladders, *known], where)
+    if not chosen:
+        raise SaihError(f"a sweep needs an axis; {name} has: {', '.join([*ladders, *known])}")
+    overrides: dict[str, Value] = {}
+    for key, value in settings.items():
+        if key not in known:
+            raise unknown("parameter", key, known, where)
+        overrides[key] = known[key].parse(value, where)
+    _refuse_double(chosen, overrides)
+    return replace(Sweep(name, tuple(chosen), overrides), **rest)  # type: ignore[arg-type]
+
+
+def points(sweep: Sweep, site_defaults: Params) -> list[Point]:
+    """Every point of the full grid, repeats outermost, so that the repeats of a cell are spread over the whole run."""
+    known = workload.parameters(workload.spec(sweep.workload))
+    base: dict[str, Value] = {name: parameter.default for name, parameter in known.items()}
+    base |= {name: known[name].parse(value) for name, value in site_defaults.items() if name in known}
+    base |= sweep.overrides
+    cells = []
+    for rungs in itertools.product(*(axis.rungs for axis in sweep.axes)):
+        params = dict(base)
+        for rung in rungs:
+            params |= rung.params
+        labels = {axis.name: rung.label for axis, rung in zip(sweep.axes, rungs, strict=True)}
+        cells.append((params, labels))
+    return [
+        Point(sweep.workload, params, labels, repeat, sweep.seed)
+        for repeat in range(sweep.repeat)
+        for params, labels in cells
+    ]
+
+
+def sweep_name(sweep: Sweep, grid: Sequence[Point]) -> str:
+    """Workload, axes, and a hash of the cells: the same command on the same site is the same sweep."""
+    content = digest({"site": sweep.site, "cells": [point.cell for point in grid if point.repeat == 0]})
+    return "-".join([sweep.workload, *(axis.name for axis in sweep.axes), content[:8]])
+
+
+def _refuse_double(axes: Sequence[Axis], overrides: Params) -> None:
+    """Two rungs, or a rung and an override, must not set the same parameter."""
+    setters: dict[str, str] = {}
+    for axis in axes:
+        for name in {name for rung in axis.rungs for name in rung.params}:
+            if name in setters:
+                raise SaihError(f"axes {setters[name]} and {axis.name} both set {name}; sweep one of them")
+            setters[name] = axis.name
+    for name in overrides:
+        if name in setters:
+            raise SaihError(f"--set {name}: axis {setters[name]} already sets {name}; leave one of them out")

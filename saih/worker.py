@@ -1,0 +1,328 @@
+"""Runs inside a job, one process a rank: sets up, checks, times and stores the points of a pack, one after the other.
+
+Needs torch, numpy and the standard library alone. Rank 0 writes; a point is done when its measurement.json exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import gc
+import hashlib
+import io
+import json
+import os
+import resource
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from saih import environment, launchers, workload
+from saih.core import FORMAT, PHASES, Bench, Check, Context, Place, Point
+from saih.errors import SaihError
+from saih.files import read_json, write_atomic, write_json
+from saih.timing import Samples, StepClock, run_steps
+
+HOST_BYTES = 64
+PR_SET_PDEATHSIG, SIGKILL = 1, 9
+
+
+class CheckFailedError(Exception):
+    """A workload's own correctness check said no; nothing was timed."""
+
+    def __init__(self, check: Check) -> None:
+        super().__init__(check.why or "the correctness check failed")
+        self.check = check
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What a launch was given: pack.json, read."""
+
+    folder: Path
+    points: tuple[Point, ...]
+    points_folder: Path
+    ranks: int
+    threads: int
+    device: str
+    data_folder: str
+    rank_memory_bytes: float | None
+    version: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Pack:
+        value = read_json(path)
+        points = tuple(Point.from_json(point) for point in value.pop("points"))
+        del value["format"], value["name"]
+        return cls(path.parent, points, Path(value.pop("points_folder")), **value)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m saih.worker PACK.json`, started by a launcher; the exit status is 0 when every point was dealt with."""
+    _die_with_the_launcher()
+    pack = Pack.read(Path(arguments[0]))
+    place = launchers.place()
+    if place.world != pack.ranks:
+        raise SaihError(f"this is rank {place.rank} of {place.world}, but the job was given {pack.ranks} ranks")
+    torch.set_num_threads(pack.threads)
+    device = f"cuda:{place.local_rank}" if pack.device == "cuda" else "cpu"
+    _limit_memory(pack)
+    with _process_group(place, device):
+        seen = environment.capture(device, pack.version)
+        for point in _unmeasured(pack, device):
+            Launch(pack, place, device, seen).run(point)
+    return 0
+
+
+class Launch:
+    """One launch of a worker: runs points on this rank."""
+
+    def __init__(self, pack: Pack, place: Place, device: str, seen: dict[str, Any]) -> None:
+        self.pack, self.place, self.device, self.environment = pack, place, device, seen
+
+    def run(self, point: Point) -> None:
+        """Measure a point, or record why it could not be; with several ranks a failure ends the launch."""
+        folder = self.pack.points_folder / point.folder
+        self._tell("started", point)
+        try:
+            self._measure(point, folder)
+        except Exception as error:
+            self._record_failure(folder, point, error)
+            if self.place.world > 1:
+                sys.stdout.flush()
+                os._exit(1)  # the other ranks may wait in a collective: only the launcher can end them
+        finally:
+            _release_memory(self.device)
+
+    def _measure(self, point: Point, folder: Path) -> None:
+        began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        torch.manual_seed(point.seed)
+        _reset_peak_memory(self.device)
+        clock = StepClock(self.device)
+        start_s = time.perf_counter()
+        bench = workload.bench(point.workload).setup(point, Context(self.place, self.device, self.pack.data_folder))
+        try:
+            ready_s = time.perf_counter()
+            check = self._unanimous(bench.check())
+            checked_s = time.perf_counter()
+            warm = run_steps(bench, clock, int(point.params["warmup"]))
+            steps = self._agree_on_steps(bench, clock, point, warm)
+            io_before = _io_counters()
+            timed = run_steps(bench, clock, steps)
+            io_after = _io_counters()
+        finally:
+            bench.close()
+        per_rank = {
+            "setup_s": ready_s - start_s,
+            "check_s": checked_s - ready_s,
+            "device_peak_bytes": _device_peak(self.device),
+            "host_peak_bytes": _host_peak(),
+            "storage_read_bytes": io_after[0] - io_before[0],
+            "file_read_bytes": io_after[1] - io_before[1],
+        }
+        arrays = {name: self._gather(array) for name, array in _arrays(warm, timed).items()}
+        ranks = dict(zip(per_rank, self._gather(np.array(list(per_rank.values()))).T.tolist(), strict=True))
+        hosts = [bytes(row).rstrip(b"\0").decode() for row in self._gather(_host_name()).astype(np.uint8)]
+        if self.place.rank == 0:
+            _store(folder, point, began, check, arrays, _without_nan(ranks), hosts, self.environment)
+            self._tell("measured", point)
+
+    def _unanimous(self, check: Check) -> Check:
+        """A check passes when it passes on every rank."""
+        passed = bool(self._gather(np.array([float(check.passed)])).min())
+        if not passed:
+            raise CheckFailedError(check if not check.passed else Check(False, check.numbers, "failed on another rank"))
+        return check
+
+    def _agree_on_steps(self, bench: Bench, clock: StepClock, point: Point, warm: Samples) -> int:
+        """Rank 0's last warm-up step decides how many steps are timed; also lines the ranks up."""
+        last = sum(warm.phase_s[-1]) if warm.phase_s else 0.0
+        return int(self._gather(np.array([float(point.timed_steps(last))]))[0, 0])
+
+    def _gather(self, array: np.ndarray) -> np.ndarray:
+        """`array` of every rank, stacked: [ranks, ...]. Tensors, never pickles."""
+        if self.place.world == 1:
+            return array[None]
+        mine = torch.as_tensor(array, dtype=torch.float64, device=self.device)
+        theirs = [torch.empty_like(mine) for _ in range(self.place.world)]
+        dist.all_gather(theirs, mine)
+        return torch.stack(theirs).cpu().numpy()
+
+    def _record_failure(self, folder: Path, point: Point, error: Exception) -> None:
+        numbers = dict(error.check.numbers) if isinstance(error, CheckFailedError) else {}
+        failure = {
+            "format": FORMAT,
+            "point": point.to_json(),
+            "kind": _kind(error),
+            "reason": f"{type(error).__name__}: {error}".splitlines()[0][:500],
+            "rank": self.place.rank,
+            "check": {name: value for name, value in numbers.items() if np.isfinite(value)},
+            "log_tail": "".join(traceback.format_exception(error))[-4000:],
+            "environment": self.environment,
+        }
+        traceback.print_exception(error)
+        write_json(folder / "failure.json", failure)
+        _append_event(self.pack.folder, "failed", point)
+
+    def _tell(self, event: str, point: Point) -> None:
+        if self.place.rank == 0:
+            _append_event(self.pack.folder, event, point)
+
+
+def _arrays(warm: Samples, timed: Samples) -> dict[str, np.ndarray]:
+    """Raw samples of one rank as float64 arrays; the first dimension counts steps."""
+    return {
+        "warmup_phase_s": np.array(warm.phase_s, dtype=np.float64).reshape(-1, len(PHASES)),
+        "phase_s": np.array(timed.phase_s, dtype=np.float64),
+        "units": np.array([work.units for work in timed.work], dtype=np.float64),
+        "flop": np.array([work.flop for work in timed.work], dtype=np.float64),
+        "moved_bytes": np.array([work.moved_bytes for work in timed.work], dtype=np.float64),
+    }
+
+
+def _store(
+    folder: Path,
+    point: Point,
+    began: str,
+    check: Check,
+    arrays: dict[str, np.ndarray],
+    per_rank: dict[str, list[float | None]],
+    hosts: list[str],
+    seen: dict[str, Any],
+) -> None:
+    """Samples first, the measurement that vouches for them last: a crash in between leaves the point not done."""
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)  # type: ignore[arg-type]
+    content = packed.getvalue()
+    measurement = {
+        "format": FORMAT,
+        "point": point.to_json(),
+        "began": began,
+        "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "check": dict(check.numbers),
+        "ranks": len(hosts),
+        "hosts": hosts,
+        "per_rank": per_rank,
+        "samples_sha256": hashlib.sha256(content).hexdigest(),
+        "environment": seen,
+    }
+    write_atomic(folder / "samples.npz", lambda file: file.write(content))
+    write_json(folder / "measurement.json", measurement)
+    (folder / "failure.json").unlink(missing_ok=True)
+
+
+def _unmeasured(pack: Pack, device: str) -> list[Point]:
+    """The points still to do, as rank 0 sees them: a requeued job skips what it has already measured."""
+    todo = [not (pack.points_folder / point.folder / "measurement.json").exists() for point in pack.points]
+    if dist.is_initialized():
+        agreed = torch.tensor(todo, dtype=torch.uint8, device=device)
+        dist.broadcast(agreed, 0)
+        todo = [bool(flag) for flag in agreed.tolist()]
+    return [point for point, wanted in zip(pack.points, todo, strict=True) if wanted]
+
+
+@contextlib.contextmanager
+def _process_group(place: Place, device: str) -> Iterator[None]:
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if place.world == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    yield
+    dist.destroy_process_group()
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, CheckFailedError):
+        return "check-failed"
+    memory_words = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in memory_words):
+        return "out-of-memory"
+    return "disk-full" if isinstance(error, OSError) and error.errno == 28 else "error"
+
+
+def _append_event(folder: Path, event: str, point: Point) -> None:
+    """One line to events.jsonl, for live progress; what is done is said by the measurement files."""
+    line = json.dumps({"event": event, "point": point.id, "time": time.time()}) + "\n"
+    with contextlib.suppress(OSError), open(folder / "events.jsonl", "a") as file:
+        file.write(line)
+
+
+def _die_with_the_launcher() -> None:
+    """Ask the kernel to kill this rank when its launcher dies: nobody is left to use what it would measure."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+
+
+def _limit_memory(pack: Pack) -> None:
+    """On a CPU, a point that outgrows its share fails by itself instead of taking the node down."""
+    if pack.rank_memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(pack.rank_memory_bytes), resource.RLIM_INFINITY))
+
+
+def _release_memory(device: str) -> None:
+    """Give freed memory back, so that the next point starts from the same floor."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reset_peak_memory(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _device_peak(device: str) -> float:
+    return float(torch.cuda.max_memory_allocated()) if device.startswith("cuda") else float("nan")
+
+
+def _host_peak() -> float:
+    """High-water mark of resident memory since the last reset, in bytes; NaN where the kernel does not tell."""
+    for line in _lines("/proc/self/status"):
+        if line.startswith("VmHWM:"):
+            return float(line.split()[1]) * 1024
+    return float("nan")
+
+
+def _io_counters() -> tuple[float, float]:
+    """(bytes fetched from storage, bytes asked of the file system) by this process so far."""
+    fields = dict(line.split(": ", 1) for line in _lines("/proc/self/io"))
+    return float(fields.get("read_bytes", "nan")), float(fields.get("rchar", "nan"))
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _host_name() -> np.ndarray:
+    name = socket.gethostname().encode()[:HOST_BYTES]
+    return np.frombuffer(name.ljust(HOST_BYTES, b"\0"), dtype=np.uint8).astype(np.float64)
+
+
+def _without_nan(columns: dict[str, list[float]]) -> dict[str, list[float | None]]:
+    return {name: [value if np.isfinite(value) else None for value in values] for name, values in columns.items()}
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SaihError as mistake:
+        sys.exit(f"saih worker: {mistake}")

@@ -1,0 +1,84 @@
+"""Find a workload by name: a folder with spec.py and bench.py, here or in an installed package."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol, cast
+
+from saih.core import COMMON, Axis, Bench, Claim, Context, Cost, Parameter, Params, Point
+from saih.errors import SaihError, unknown
+
+ENTRY_POINTS = "saih.workloads"
+
+
+class Spec(Protocol):
+    """What spec.py must define. It is planned with on login nodes: it imports nothing heavy, least of all torch."""
+
+    TITLE: str
+    PAPER: str
+    WORK_UNIT: str
+    """What `Cost.work` and `Work.units` count, in the plural: "samples", "tokens", "bytes"."""
+    PARAMETERS: tuple[Parameter, ...]
+    AXES: tuple[Axis, ...]
+    CLAIMS: tuple[Claim, ...]
+
+    def cost(self, params: Params) -> Cost:
+        """Analytic cost of one step; raises SaihError for a combination that makes no sense."""
+
+
+class BenchModule(Protocol):
+    """What bench.py must define. It is imported only inside a job."""
+
+    def setup(self, point: Point, context: Context) -> Bench:
+        """Make the point ready on this rank."""
+
+
+@cache
+def packages() -> Mapping[str, str]:
+    """Workload name -> dotted package: folders under `workloads`, then the entry points of others."""
+    found = {name: package for name, package in _folders("workloads")}
+    for entry in entry_points(group=ENTRY_POINTS):
+        found.setdefault(entry.name, entry.value)
+    return dict(sorted(found.items()))
+
+
+def spec(name: str) -> Spec:
+    """The spec of a workload; SaihError with the nearest names if there is none."""
+    module = _module(name, "spec")
+    missing = [member for member in Spec.__annotations__ if not hasattr(module, member)]
+    if missing:
+        raise SaihError(f"workload {name}: {module.__file__} must define {', '.join(missing)}")
+    return cast(Spec, module)
+
+
+def bench(name: str) -> BenchModule:
+    """The bench module of a workload; this is where torch gets imported."""
+    return cast(BenchModule, _module(name, "bench"))
+
+
+def parameters(workload: Spec) -> dict[str, Parameter]:
+    """All parameters of a workload by name: its own, then the common ones."""
+    return {parameter.name: parameter for parameter in (*workload.PARAMETERS, *COMMON)}
+
+
+def _module(name: str, part: str) -> ModuleType:
+    package = packages().get(name)
+    if package is None:
+        raise unknown("workload", name, packages())
+    return importlib.import_module(f"{package}.{part}")
+
+
+def _folders(root: str) -> list[tuple[str, str]]:
+    source = importlib.util.find_spec(root)
+    found = []
+    for location in (source.submodule_search_locations or []) if source else []:
+        for path in sorted(Path(location).glob("**/spec.py")):
+            parts = path.parent.relative_to(location).parts
+            found.append((parts[-1], ".".join((root, *parts))))
+    return found

@@ -1,0 +1,1 @@
+"""The workloads: one folder a family, one folder a system inside it."""

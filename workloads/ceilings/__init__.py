@@ -1,0 +1,1 @@
+"""What this machine can do at best: the denominators of every "% of peak"."""

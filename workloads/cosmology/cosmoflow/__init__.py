@@ -1,0 +1,1 @@
+"""CosmoFlow: regress cosmological parameters from dark-matter volumes, at any size of volume and network."""

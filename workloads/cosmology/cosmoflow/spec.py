@@ -1,0 +1,187 @@
+"""What CosmoFlow is and what it costs: axes, parameters, analytic FLOP, bytes and memory, claims. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
+from saih.errors import SaihError
+
+TITLE = "CosmoFlow: a 3D CNN that regresses cosmological parameters from dark-matter volumes (training)"
+PAPER = (
+    "SAIH: Du et al., JCST 39(2):384-400, 2024, arXiv:2212.03410; "
+    "network: CosmoFlow, Mathuriya et al., SC18, arXiv:1808.04728, as in MLPerf HPC v1.0 and later"
+)
+WORK_UNIT = "samples"
+
+TARGETS = 4
+KERNEL_VOXELS = 27
+COARSEST_STAGES = 6
+GENERATE_BYTES_PER_S = 40e6
+"""Volumes grown and painted per second on one core, a careful figure for planning."""
+
+PARAMETERS = (
+    Parameter("mesh", 64, "voxels per side", "side of a volume; a power of two", minimum=8),
+    Parameter("channels", 4, "redshifts", "snapshots of the same universe in one sample", choices=(1, 2, 3, 4)),
+    Parameter("width", 16, "channels", "output channels of the first convolution; doubled at every stage", minimum=1),
+    Parameter("stages", 0, "", "convolution + pooling stages; 0 = down to 4^3, at most 6", minimum=0),
+    Parameter("batch", 2, "samples", "samples per step: of each rank (weak scaling) or of all together (strong)", minimum=1),
+    Parameter("scaling", "weak", "", "what `batch` counts when there are several ranks", choices=("weak", "strong")),
+    Parameter("samples", 8, "volumes", "volumes in the data set", minimum=1),
+    Parameter("precision", "fp32", "", "arithmetic of the network; bf16 is autocast", choices=("fp32", "bf16")),
+)
+
+AXES = (
+    Axis("data", "voxels per side", tuple(Rung(str(n), {"mesh": n}, n) for n in (16, 32, 64, 128, 256, 512))),
+    Axis("model", "channels of the first layer", tuple(Rung(f"w{w}", {"width": w}, w) for w in (4, 8, 16, 32, 64))),
+)
+"""data=128, model=w32 is the MLPerf HPC network: 8,907,556 parameters, 68.86 GFLOP forward per sample.
+data=512, model=w64 is 16.2 TFLOP forward per sample, the top of the range SAIH is reported to have reached."""
+
+CLAIMS = (
+    Claim(
+        "percent-of-peak-rises-with-data",
+        "% of peak at the largest volume over the smallest, same network",
+        "percent_of_peak",
+        {"data": "last"},
+        {"data": "first"},
+        target=1.0,
+        paper="5.2 % -> 59.6 % of peak as data and model grow together",
+    ),
+    Claim(
+        "percent-of-peak-rises-with-model",
+        "% of peak of the widest network over the narrowest, same volume",
+        "percent_of_peak",
+        {"model": "last"},
+        {"model": "first"},
+        target=1.0,
+        paper="5.2 % -> 59.6 % of peak as data and model grow together",
+    ),
+    Claim(
+        "two-ranks-efficiency",
+        "samples/s of each of two ranks over samples/s of one rank alone",
+        "work_per_s_per_rank",
+        {"gpus": "2"},
+        {"gpus": "1"},
+        target=0.75,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One stage: a 3x3x3 convolution over side^3 voxels, then pooling to (side/2)^3."""
+
+    side: int
+    inputs: int
+    outputs: int
+
+    @property
+    def parameters(self) -> int:
+        return KERNEL_VOXELS * self.inputs * self.outputs + self.outputs
+
+    @property
+    def flop(self) -> float:
+        """Forward FLOP of one sample, 2 for each multiply-add."""
+        return 2.0 * KERNEL_VOXELS * self.inputs * self.outputs * self.side**3
+
+
+@dataclass(frozen=True)
+class Network:
+    """The layers that a set of parameters stands for."""
+
+    convs: tuple[Conv, ...]
+    dense: tuple[tuple[int, int], ...]
+    """(inputs, outputs) of each fully connected layer."""
+
+    @property
+    def parameters(self) -> int:
+        return sum(conv.parameters for conv in self.convs) + sum(i * o + o for i, o in self.dense)
+
+    @property
+    def forward_flop(self) -> float:
+        """Per sample."""
+        return sum(conv.flop for conv in self.convs) + sum(2.0 * i * o for i, o in self.dense)
+
+    @property
+    def training_flop(self) -> float:
+        """Per sample: forward, and both gradients of every layer but the first, which has no input gradient."""
+        return 3 * self.forward_flop - self.convs[0].flop
+
+
+def network(params: Params) -> Network:
+    """The network of these parameters. Raises SaihError if the volume cannot be pooled that often."""
+    mesh, width = int(params["mesh"]), int(params["width"])
+    if mesh & (mesh - 1):
+        raise SaihError(f"mesh {mesh} is not a power of two")
+    deepest = int(math.log2(mesh))
+    stages = int(params["stages"]) or max(1, min(COARSEST_STAGES, deepest - 2))
+    if stages > deepest:
+        raise SaihError(f"a volume of {mesh}^3 can be pooled {deepest} times, not {stages}")
+    widths = [int(params["channels"]), *(width * 2**stage for stage in range(stages))]
+    convs = tuple(Conv(mesh >> stage, widths[stage], widths[stage + 1]) for stage in range(stages))
+    flat = widths[-1] * (mesh >> stages) ** 3
+    return Network(convs, ((flat, 128), (128, 64), (64, TARGETS)))
+
+
+def batch_per_rank(params: Params) -> int:
+    """Samples in one rank's step. Raises SaihError if a strong-scaling batch cannot be shared out evenly."""
+    batch, ranks = int(params["batch"]), int(params["nodes"]) * int(params["gpus"])
+    if params["scaling"] == "weak":
+        return batch
+    if batch % ranks:
+        raise SaihError(f"a batch of {batch} samples cannot be shared by {ranks} ranks; strong scaling needs a multiple")
+    return batch // ranks
+
+
+def sample_bytes(params: Params) -> int:
+    """int16 counts of one volume."""
+    return 2 * int(params["channels"]) * int(params["mesh"]) ** 3
+
+
+def cost(params: Params) -> Cost:
+    """One training step of one rank."""
+    net, batch = network(params), batch_per_rank(params)
+    word = 2 if params["precision"] == "bf16" else 4
+    ranks = int(params["nodes"]) * int(params["gpus"])
+    data = sample_bytes(params) * int(params["samples"])
+    return Cost(
+        flop=net.training_flop * batch,
+        work=batch,
+        operations=tuple(_operations(net, batch, word)),
+        parameters=net.parameters,
+        device_bytes=_memory(net, batch, word, params),
+        input_bytes=batch * sample_bytes(params),
+        message_bytes=4.0 * net.parameters if ranks > 1 else 0.0,
+        disk_bytes=data,
+        setup_s=data / GENERATE_BYTES_PER_S,
+        check_steps=4 + (min(ranks, 8) if ranks > 1 else 0),
+    )
+
+
+def _operations(net: Network, batch: int, word: int) -> list[Operation]:
+    """Kernels of a step in order: convolutions and pooling forward and backward, dense layers, optimizer."""
+    operations = []
+    for place, conv in enumerate(net.convs):
+        voxels = batch * conv.side**3
+        flop, moved = conv.flop * batch, word * voxels * (conv.inputs + conv.outputs) + word * conv.parameters
+        pooled = word * voxels * conv.outputs
+        operations += [Operation(flop, moved)] * (3 if place else 2)  # forward, weight gradient, input gradient
+        operations += [Operation(0.0, 1.5 * pooled), Operation(0.0, 2.5 * pooled)]  # pooling; its gradient, zeroed first
+        operations += [Operation(0.0, pooled / 4)] * 2  # leaky ReLU of the pooled volume, and its gradient
+    for inputs, outputs in net.dense:
+        moved = word * (inputs * outputs + batch * (inputs + outputs))
+        operations += [Operation(2.0 * batch * inputs * outputs, moved)] * 3
+    return [*operations, Operation(4.0 * net.parameters, 20.0 * net.parameters)]  # SGD with momentum, fp32
+
+
+def _memory(net: Network, batch: int, word: int, params: Params) -> float:
+    """Peak bytes: weights, gradients and momentum; what backward keeps; the two largest gradients alive at once."""
+    kept = 0.0
+    for conv in net.convs:
+        voxels = batch * conv.side**3
+        kept += voxels * conv.outputs * (word + (word + 8) / 8)  # output, pooled output, int64 positions of the maxima
+    largest = max(batch * conv.side**3 * conv.outputs * word for conv in net.convs)
+    inputs = batch * int(params["mesh"]) ** 3 * int(params["channels"]) * (2 + 4 + (word if word != 4 else 0))
+    return 12.0 * net.parameters + kept + 2 * largest + inputs
