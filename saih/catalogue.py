@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from saih import workload
-from saih.core import Params, Point
+from saih.core import Params
 from saih.errors import SaihError
 from saih.plan import predict_step_s, rates
 from saih.site import Site
@@ -16,7 +16,7 @@ def names() -> list[str]:
     return list(workload.packages())
 
 
-def describe(name: str, site: Site) -> dict[str, Any]:
+def describe(name: str, site: Site, ceilings: dict[str, float] | None) -> dict[str, Any]:
     """A workload as plain data; each rung with its cost while everything else is at its default."""
     spec = workload.spec(name)
     known = workload.parameters(spec)
@@ -32,23 +32,28 @@ def describe(name: str, site: Site) -> dict[str, Any]:
                 "unit": axis.unit,
                 "rungs": [
                     {"label": rung.label, "size": rung.size, "params": dict(rung.params)}
-                    | _cost(name, defaults | dict(rung.params), site)
+                    | _cost(name, defaults | dict(rung.params), site, ceilings)
                     for rung in axis.rungs
                 ],
             }
             for axis in spec.AXES
         ],
         "parameters": [
-            {"name": each.name, "default": each.default, "unit": each.unit, "help": each.help, "choices": list(each.choices)}
+            {
+                "name": each.name,
+                "default": each.default,
+                "unit": each.unit,
+                "help": each.help,
+                "choices": list(each.choices),
+            }
             for each in known.values()
         ],
     }
 
 
-def _cost(name: str, params: Params, site: Site) -> dict[str, Any]:
-    point = Point(name, params)
+def _cost(name: str, params: Params, site: Site, ceilings: dict[str, float] | None) -> dict[str, Any]:
     try:
-        cost = workload.spec(name).cost(point.params)
+        cost = workload.spec(name).cost(params)
     except SaihError as error:
         return {"error": str(error)}
     return {
@@ -57,5 +62,5 @@ def _cost(name: str, params: Params, site: Site) -> dict[str, Any]:
         "work": cost.work,
         "device_bytes": cost.device_bytes,
         "disk_bytes": cost.disk_bytes,
-        "step_s": predict_step_s(cost, rates(site, str(params.get("precision", "fp32")), None)),
+        "step_s": predict_step_s(cost, rates(site, str(params.get("precision", "fp32")), ceilings)),
     }

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from saih.site import Site
 
 JOBS, RESULTS, REPORTS = Path("jobs"), Path("results"), Path("reports")
-LISTED = 20
-"""Points and pruned points shown before "... and N more"; the files have them all."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"saih: {place}{error.strerror or error}; what was finished is kept, run the same command again", file=sys.stderr)
+        print(
+            f"saih: {place}{error.strerror or error}; what was finished is kept, run the same command again",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("saih: stopped; what was measured is kept, the same command goes on with the rest", file=sys.stderr)
@@ -43,21 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def list_(options: argparse.Namespace) -> int:
     """Show workloads, or one workload's axes, rungs, units, parameter counts and predicted costs."""
-    from saih import catalogue
+    from saih import catalogue, text
 
     site = _site(options.site)
+    names = [options.workload] if options.workload else catalogue.names()
+    told = [catalogue.describe(name, site, _stored_rates(site)) for name in names]
     if options.json:
         import json
 
-        names = [options.workload] if options.workload else catalogue.names()
-        print(json.dumps([catalogue.describe(name, site) for name in names], indent=1))
-        return 0
-    if options.workload is None:
-        for name in catalogue.names():
-            print(f"{name:14}{catalogue.describe(name, site)['title']}")
+        print(json.dumps(told, indent=1))
+    elif options.workload:
+        print("\n".join(text.workload_lines(told[0], site.name)))
+    else:
+        print("\n".join(f"{one['name']:14}{one['title']}" for one in told))
         print("\nsaih list WORKLOAD shows its axes, rungs and what each rung costs")
-        return 0
-    _print_workload(catalogue.describe(options.workload, site), site)
     return 0
 
 
@@ -68,7 +68,7 @@ def sweep(options: argparse.Namespace) -> int:
     ceilings = _ceilings(site, options)
     plan = _plan(asked, site, ceilings)
     if options.dry_run:
-        return _dry_run(plan, options, ceilings)
+        return _dry_run(plan)
     _print_plan(plan)
     folder = _drive(plan, options, ceilings)
     return _finish(folder, options.mixed)
@@ -79,14 +79,18 @@ def status(options: argparse.Namespace) -> int:
     from saih import jobs, schedulers
     from saih.files import read_json
 
-    folders = [jobs.find(JOBS, options.sweep)] if options.sweep else [
-        jobs.SweepFolder(path.parent) for path in sorted(JOBS.glob("*/sweep.json"))
-    ]
+    folders = (
+        [jobs.find(JOBS, options.sweep)]
+        if options.sweep
+        else [jobs.SweepFolder(path.parent) for path in sorted(JOBS.glob("*/sweep.json"))]
+    )
     for folder in folders:
         site = read_json(folder.path / "sweep.json")["site"]
         running = jobs.live_jobs(folder, schedulers.load(site["scheduler"]))
         counts = ", ".join(f"{count} {kind}" for kind, count in jobs.status(folder).items() if count)
-        print(f"{folder.path.name}: {counts or 'nothing planned'}" + (f"; {len(running)} job running" if running else ""))
+        print(
+            f"{folder.path.name}: {counts or 'nothing planned'}" + (f"; {len(running)} job running" if running else "")
+        )
     if not folders:
         print("no sweep yet; start one with: saih sweep --axis data,model")
     return 0
@@ -102,20 +106,15 @@ def gather(options: argparse.Namespace) -> int:
 
 def claims(options: argparse.Namespace) -> int:
     """Evaluate the claims of the workload: the paper's figure, the predicted and the measured ratio, the verdict."""
+    from saih import text
+
     told = _claims_of(options.results)
     if options.json:
         import json
 
         print(json.dumps({"claims": told}, indent=1))
         return 0
-    for claim in told:
-        interval = "[{:.3g}, {:.3g}]".format(*claim["interval"]) if claim["interval"] else "no interval"
-        measured = f"measured {claim['measured']:.3g} {interval}" if claim["measured"] else "not measured"
-        predicted = f", predicted {claim['predicted']:.3g}" if claim["predicted"] else ""
-        print(f"{claim['verdict'].upper():15}{claim['workload']} {claim['name']}: {measured}{predicted}, target {claim['target']:g}")
-        for label, text in (("paper", claim["paper"]), ("why", claim["why"])):
-            if text:
-                print(f"{'':15}{label}: {text}")
+    print("\n".join(line for claim in told for line in text.claim_lines(claim)))
     return 0
 
 
@@ -144,13 +143,14 @@ def _asked(options: argparse.Namespace) -> tuple[Site, Sweep]:
     from saih import sweep as language
 
     study, where, name = None, "", options.workload or language.DEFAULT_WORKLOAD
-    axes, settings = language.parse_axes(options.axis), dict(language.parse_settings(options.set))
+    axes = language.parse_axes(options.axis)
+    settings: dict[str, bool | int | float | str] = dict(language.parse_settings(options.set))
     if name.endswith((".yaml", ".yml")):
         where = name
         study = language.read_study(Path(name))
         name = study.workload
         axes = axes or study.axes
-        settings = {**study.set, **settings}
+        settings = study.set | settings
     site = _site(options.site or (study.site if study and study.site else "local"))
     budget = options.time_budget or (study.time_budget if study else None) or site.time_budget
     asked = language.make_sweep(
@@ -207,7 +207,7 @@ def _finish(folder: SweepFolder, mixed: bool) -> int:
     return 1 if counts["failed"] else 0
 
 
-def _dry_run(plan: Plan, options: argparse.Namespace, ceilings: dict[str, Any] | None) -> int:
+def _dry_run(plan: Plan) -> int:
     """Show what would run, write its scripts, start nothing."""
     from saih import environment, jobs
     from saih.plan import pack
@@ -259,6 +259,13 @@ def _ceilings(site: Site, options: argparse.Namespace) -> dict[str, Any] | None:
     return ceilings
 
 
+def _stored_rates(site: Site) -> dict[str, float] | None:
+    from saih import probe as probing
+
+    ceilings, _ = probing.load(RESULTS, site)
+    return ceilings["rates"] if ceilings else None
+
+
 def _claims_of(path: Path) -> list[dict[str, Any]]:
     from saih import store, workload
     from saih.analysis import cells
@@ -286,60 +293,17 @@ def _check_folders() -> None:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise SaihError(f"{folder.absolute()}: cannot be written ({error.strerror}); saih keeps its files there") from None
+            raise SaihError(
+                f"{folder.absolute()}: cannot be written ({error.strerror}); saih keeps its files there"
+            ) from None
 
 
 def _print_plan(plan: Plan, everything: bool = False) -> None:
-    shown = len(plan.kept) if everything else 0
-    cells = len({item.point.cell for item in plan.kept})
-    print(
-        f"{plan.name}: {len(plan.kept)} points ({cells} cells x {plan.sweep.repeat} repeats), "
-        f"predicted {_duration(plan.seconds)} on site {plan.site.name}"
-    )
-    for item in plan.kept[:shown]:
-        if item.point.repeat == 0:
-            size = f"{_si(item.cost.parameters)} parameters, {_si(item.cost.flop)}FLOP a step"
-            print(f"  {_labels(item.point):32} {size}, {_si(item.cost.device_bytes)}B, {_si(item.step_s)}s a step")
-    pruned = [item for item in plan.pruned if item.forecast.point.repeat == 0]
-    for item in pruned if everything else pruned[:LISTED]:
-        print(f"  pruned {_labels(item.forecast.point):25} {item.kind}: {item.reason}")
-    if not everything and len(pruned) > LISTED:
-        print(f"  ... and {len(pruned) - LISTED} more pruned cells; --dry-run lists them")
+    from saih import text
+
+    print("\n".join(text.plan_lines(plan, everything)))
     if not plan.kept:
-        raise SaihError("no point of this sweep fits; the lines above say why" if pruned else "this sweep has no point")
-
-
-def _print_workload(told: dict[str, Any], site: Site) -> None:
-    print(f"{told['name']}: {told['title']}\n{told['paper']}\n")
-    for axis in told["axes"]:
-        print(f"axis {axis['name']} ({axis['unit']})" if axis["unit"] else f"axis {axis['name']}")
-        for rung in axis["rungs"]:
-            if "error" in rung:
-                print(f"  {rung['label']:>8}  {rung['error']}")
-                continue
-            numbers = f"{_si(rung['parameters'])} parameters, {_si(rung['flop'])}FLOP a step, {_si(rung['device_bytes'])}B"
-            print(f"  {rung['label']:>8}  {numbers}, predicted {_si(rung['step_s'])}s a step on site {site.name}")
-    print("\nparameters (each is an axis too: --axis NAME=A,B)")
-    for parameter in told["parameters"]:
-        choices = f" ({', '.join(map(str, parameter['choices']))})" if parameter["choices"] else ""
-        unit = f" [{parameter['unit']}]" if parameter["unit"] else ""
-        print(f"  {parameter['name'] + '=' + str(parameter['default']):20} {parameter['help']}{unit}{choices}")
-
-
-def _labels(point: Any) -> str:
-    return " ".join(f"{axis}={label}" for axis, label in point.labels.items())
-
-
-def _si(value: float) -> str:
-    """Three digits and a prefix: 68860000000 -> "68.9 G"."""
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}"
-    return f"{value:.3g} "
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+        raise SaihError("no point of this sweep fits; the lines above say why")
 
 
 def _command() -> list[str]:
@@ -366,14 +330,22 @@ def _parser() -> argparse.ArgumentParser:
 
     sweeping = _verb(verbs, "sweep", sweep)
     sweeping.add_argument("workload", nargs="?", metavar="WORKLOAD|STUDY.yaml", help="default: cosmoflow")
-    sweeping.add_argument("--axis", action="append", default=[], metavar="A,B=1,2", help="axes to vary; A=x,y picks rungs")
+    sweeping.add_argument(
+        "--axis", action="append", default=[], metavar="A,B=1,2", help="axes to vary; A=x,y picks rungs"
+    )
     sweeping.add_argument("--set", action="append", default=[], metavar="NAME=VALUE,...", help="set other parameters")
     sweeping.add_argument("--repeat", type=_positive, metavar="N", help="repeats of every point (default: the site's)")
     sweeping.add_argument("--seed", type=_natural, metavar="N", help="seed of data and weights (default: 0)")
     sweeping.add_argument("--site", metavar="NAME|FILE", help="where to run (default: local)")
-    sweeping.add_argument("--time-budget", metavar="TIME", help="leave out the points that would take longer: 90s, 10m, 2h")
-    sweeping.add_argument("--dry-run", action="store_true", help="show points, pruned points and scripts; start nothing")
-    sweeping.add_argument("--fresh", action="store_true", help="set earlier measurements of this sweep aside and start over")
+    sweeping.add_argument(
+        "--time-budget", metavar="TIME", help="leave out the points that would take longer: 90s, 10m, 2h"
+    )
+    sweeping.add_argument(
+        "--dry-run", action="store_true", help="show points, pruned points and scripts; start nothing"
+    )
+    sweeping.add_argument(
+        "--fresh", action="store_true", help="set earlier measurements of this sweep aside and start over"
+    )
     sweeping.add_argument("--no-probe", action="store_true", help="do not measure missing ceilings first")
     _mixed(sweeping)
 

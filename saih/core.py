@@ -67,7 +67,9 @@ def _convert(given: object, kind: type) -> Value:
 
 COMMON = (
     Parameter("nodes", 1, "nodes", "nodes of the allocation", minimum=1),
-    Parameter("gpus", 1, "per node", "devices used on each node, one rank each; CPU ranks on a site without GPUs", minimum=1),
+    Parameter(
+        "gpus", 1, "per node", "devices used on each node, one rank each; CPU ranks on a site without GPUs", minimum=1
+    ),
     Parameter("warmup", 2, "steps", "steps run before the clock counts", minimum=0),
     Parameter("steps", 5, "steps", "timed steps at the least", minimum=1),
     Parameter("seconds", 1.0, "s", "go on timing until this much time is measured ...", minimum=0),
@@ -106,7 +108,9 @@ class Axis:
 def axis_of(parameter: Parameter, values: Sequence[object] = (), where: str = "") -> Axis:
     """Any parameter as an axis: one rung for each value, by default for each of its choices."""
     if not values and not parameter.choices:
-        raise SaihError(f"{where or 'axis'}: {parameter.name} has no ladder of its own; name its values: {parameter.name}=A,B")
+        raise SaihError(
+            f"{where or 'axis'}: {parameter.name} has no ladder of its own; name its values: {parameter.name}=A,B"
+        )
     parsed = [parameter.parse(value, where) for value in values or parameter.choices]
     rungs = [
         Rung(str(value), {parameter.name: value}, float(place if isinstance(value, str) else value))
@@ -192,7 +196,11 @@ class Point:
         return max(fewest, min(most, wanted))
 
     def to_json(self) -> dict[str, Any]:
-        return {"id": self.id, "cell": self.cell} | asdict(self) | {"params": dict(self.params), "labels": dict(self.labels)}
+        return (
+            {"id": self.id, "cell": self.cell}
+            | asdict(self)
+            | {"params": dict(self.params), "labels": dict(self.labels)}
+        )
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Point:

@@ -10,7 +10,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-MACHINE_KEYS = ("processor", "gpu", "gpu_driver", "torch", "cuda", "python", "kernel", "threads", "saih", "commit", "dirty")
+MACHINE_KEYS = (
+    "processor",
+    "gpu",
+    "gpu_driver",
+    "torch",
+    "cuda",
+    "python",
+    "kernel",
+    "threads",
+    "saih",
+    "commit",
+    "dirty",
+)
 """Two measurements that differ in one of these do not belong in one trend."""
 
 SCHEDULER_PREFIXES = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "PBS_JOBID", "FLUX_JOB_ID")
@@ -51,7 +63,11 @@ def own_version() -> dict[str, Any]:
 
     root = Path(__file__).resolve().parent.parent
     commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
-    dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", "saih", "workloads")) if commit else False
+    dirty = (
+        bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", "saih", "workloads"))
+        if commit
+        else False
+    )
     return {"saih": __version__, "commit": commit or "", "dirty": dirty}
 
 

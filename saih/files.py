@@ -28,7 +28,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object], durable: bool 
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())
+        Path(aside).chmod(0o666 & ~_umask())
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)

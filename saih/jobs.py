@@ -1,9 +1,9 @@
 """A plan becomes job folders; jobs are submitted, followed, and settled; what is missing can be run again.
 
-    jobs/<sweep>/sweep.json              what was asked for, what was planned, what was pruned
-    jobs/<sweep>/lock                    held by the one saih that drives the sweep
-    jobs/<sweep>/points/<point>/         measurement.json + samples.npz, or failure.json
-    jobs/<sweep>/jobs/<number>/          pack.json, job.sh, log.txt, events.jsonl, submitted.json
+jobs/<sweep>/sweep.json              what was asked for, what was planned, what was pruned
+jobs/<sweep>/lock                    held by the one saih that drives the sweep
+jobs/<sweep>/points/<point>/         measurement.json + samples.npz, or failure.json
+jobs/<sweep>/jobs/<number>/          pack.json, job.sh, log.txt, events.jsonl, submitted.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +75,9 @@ def find(root: Path, name: str) -> SweepFolder:
     """The sweep folder of that name under `root`; SaihError names the nearest ones."""
     path = root / name
     if not (path / "sweep.json").is_file():
-        raise unknown("sweep", name, [folder.name for folder in sorted(root.glob("*")) if (folder / "sweep.json").is_file()])
+        raise unknown(
+            "sweep", name, [folder.name for folder in sorted(root.glob("*")) if (folder / "sweep.json").is_file()]
+        )
     return SweepFolder(path)
 
 
@@ -141,16 +142,18 @@ def write_job(job: Job, folder: SweepFolder, site: Site, version: Mapping[str, A
 
 
 def render(job: Job, sweep: str, site: Site) -> str:
-    """The job script of a job on a site, from the scheduler's template; everything not the user's own line is quoted."""
+    """The job script, from the scheduler's template; all but the user's own set-up lines is quoted."""
     template = schedulers.load(site.scheduler).TEMPLATE
     words = launchers.command(site.launcher, job, ["-m", "saih.worker", str(Path(job.folder, "pack.json").absolute())])
     variables = {"OMP_NUM_THREADS": str(site.threads_per_rank), "PYTHONPATH": _python_path()} | dict(site.environment)
-    return _templates().get_template(template).render(
-        job=job, sweep=sweep, site=site, folder=str(Path.cwd()), environment=variables, command=words
+    return (
+        _templates()
+        .get_template(template)
+        .render(job=job, sweep=sweep, site=site, folder=str(Path.cwd()), environment=variables, command=words)
     )
 
 
-def run(folder: SweepFolder, plan: Plan, watch: Callable[[Progress], None] = lambda progress: None) -> None:
+def run(folder: SweepFolder, plan: Plan, watch: Callable[[Progress], None] = lambda _: None) -> None:
     """Drive the sweep until every planned point is measured or has failed. Call it with the sweep's lock held.
 
     Jobs an earlier saih left running are waited for, not started again. A job that dies takes down the point it was
@@ -182,7 +185,13 @@ def status(folder: SweepFolder) -> dict[str, int]:
     counts = dict.fromkeys(("measured", "failed", "missing", "pruned"), 0)
     for value in sweep["points"]:
         home = folder.points / Point.from_json(value["point"]).folder
-        kind = "measured" if (home / "measurement.json").exists() else "failed" if (home / "failure.json").exists() else "missing"
+        kind = (
+            "measured"
+            if (home / "measurement.json").exists()
+            else "failed"
+            if (home / "failure.json").exists()
+            else "missing"
+        )
         counts[kind] += 1
     counts["pruned"] = len(sweep["pruned"])
     return counts
@@ -196,7 +205,7 @@ def live_jobs(folder: SweepFolder, scheduler: Scheduler) -> dict[str, Path]:
 
 
 def _job_id(home: Path) -> str:
-    """What the scheduler called the job; the local one calls it by its folder, so one killed while submitting is found."""
+    """What the scheduler calls the job. The local one calls it by its folder: one killed while submitting is found."""
     submitted = home / "submitted.json"
     return str(read_json(submitted)["id"]) if submitted.exists() else str(home)
 
@@ -342,8 +351,9 @@ def _rung(rung: Any) -> dict[str, Any]:
 
 
 def _python_path() -> str:
-    """So that workers find the saih that submitted them, installed or not."""
-    return os.pathsep.join(path for path in dict.fromkeys([str(Path(__file__).resolve().parent.parent), *sys.path]) if path)
+    """Workers find the saih that submitted them, installed or not, and what the user put on the path."""
+    given = [str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return os.pathsep.join(dict.fromkeys([*given, str(Path(__file__).resolve().parent.parent)]))
 
 
 def _templates() -> jinja2.Environment:
@@ -354,5 +364,3 @@ def _templates() -> jinja2.Environment:
     env.filters["quote"] = lambda value: shlex.quote(str(value))
     env.filters["comment"] = lambda value: "".join(letter if letter.isprintable() else "?" for letter in str(value))
     return env
-
-

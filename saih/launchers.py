@@ -12,7 +12,14 @@ from saih.errors import SaihError, unknown
 
 def torchrun(job: Job, worker: Sequence[str]) -> list[str]:
     """One agent on this node starts `job.gpus` ranks; it stops them all when one dies."""
-    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.gpus}", "--max-restarts=0"]
+    agent = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={job.gpus}",
+        "--max-restarts=0",
+    ]
     return [*agent, *worker]
 
 

@@ -53,7 +53,9 @@ class Live:
         if not self._console.is_terminal and time.monotonic() - self._last_line > PLAIN_EVERY_S:
             self._last_line = time.monotonic()
             failed = f", {len(progress.failed)} failed" if progress.failed else ""
-            self._console.print(f"{len(done)}/{len(self._predicted)} points{failed}; {name}{repeat}; {finish}", highlight=False)
+            self._console.print(
+                f"{len(done)}/{len(self._predicted)} points{failed}; {name}{repeat}; {finish}", highlight=False
+            )
 
     def _finish(self, done: set[str]) -> str:
         """Wall-clock time of the end: predicted seconds left, scaled by how the predictions did so far."""

@@ -1,4 +1,4 @@
-"""The ceilings of a site: swept once by the `ceilings` workload, stored beside the results, refused for other machines."""
+"""The ceilings of a site: swept once by the `ceilings` workload, kept with the results, refused for other machines."""
 
 from __future__ import annotations
 

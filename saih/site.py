@@ -211,5 +211,3 @@ def _find(name: str) -> Path:
         if path.is_file():
             return path
     raise unknown("site", name, names())
-
-

@@ -50,12 +50,14 @@ def gather(folder: SweepFolder, results: Path, mixed: bool = False) -> Path:
         results.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=results, prefix=f".{path.name}.")
     except OSError as error:
-        raise SaihError(f"{results}: results cannot be written there ({error.strerror}); name another with --results") from None
+        raise SaihError(
+            f"{results}: results cannot be written there ({error.strerror}); name another with --results"
+        ) from None
     os.close(handle)
     try:
         _write(Path(aside), sweep, frames, environments)
         _compare(Path(aside), frames)
-        os.chmod(aside, 0o644)
+        Path(aside).chmod(0o644)
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
@@ -157,7 +159,9 @@ def _append_samples(samples: dict[str, list[np.ndarray]], row: int, home: Path, 
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise SaihError(f"{path}: cannot be read ({error.strerror}); remove its folder and run the sweep again") from None
+        raise SaihError(
+            f"{path}: cannot be read ({error.strerror}); remove its folder and run the sweep again"
+        ) from None
     if hashlib.sha256(content).hexdigest() != measurement["samples_sha256"]:
         raise SaihError(f"{path}: damaged, its checksum differs; remove its folder and run the sweep again")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
@@ -165,7 +169,10 @@ def _append_samples(samples: dict[str, list[np.ndarray]], row: int, home: Path, 
             phase_s = arrays["warmup_phase_s" if warmup else "phase_s"]
             ranks, steps, _ = phase_s.shape
             count = ranks * steps
-            done = {name: np.full(count, np.nan) if warmup else arrays[name].reshape(count) for name in _sample_columns()[-3:]}
+            done = {
+                name: np.full(count, np.nan) if warmup else arrays[name].reshape(count)
+                for name in _sample_columns()[-3:]
+            }
             columns = {
                 "point": np.full(count, row),
                 "rank": np.repeat(np.arange(ranks), steps),
@@ -215,8 +222,14 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
 def _write(path: Path, sweep: Mapping[str, Any], frames: Mapping[str, pd.DataFrame], environments: list[Any]) -> None:
     with h5py.File(path, "w") as file:  # a name of our own, made by mkstemp: nobody else writes here
         file.attrs["saih_format"] = FORMAT
-        file.attrs["sweep"] = json.dumps({name: value for name, value in sweep.items() if name not in ("points", "pruned")})
-        file.create_dataset("environments", data=[json.dumps(value, sort_keys=True) for value in environments], dtype=h5py.string_dtype())
+        file.attrs["sweep"] = json.dumps(
+            {name: value for name, value in sweep.items() if name not in ("points", "pruned")}
+        )
+        file.create_dataset(
+            "environments",
+            data=[json.dumps(value, sort_keys=True) for value in environments],
+            dtype=h5py.string_dtype(),
+        )
         for name, frame in frames.items():
             group = file.create_group(name)
             group.attrs["columns"] = list(frame.columns)
@@ -242,7 +255,9 @@ def _compare(path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
             copy = _read_table(file[name])
             for column in frame.columns:
                 if not copy[column].equals(frame[column].astype(copy[column].dtype)):
-                    raise SaihError(f"{path}: column {name}/{column} did not survive writing; the job folders are untouched")
+                    raise SaihError(
+                        f"{path}: column {name}/{column} did not survive writing; the job folders are untouched"
+                    )
 
 
 def _read_table(group: h5py.Group) -> pd.DataFrame:

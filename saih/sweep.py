@@ -77,7 +77,11 @@ def parse_duration(text: str) -> float:
 
 
 def make_sweep(
-    name: str, axes: Mapping[str, Sequence[Scalar] | None], settings: Mapping[str, Scalar], where: str = "", **rest: object
+    name: str,
+    axes: Mapping[str, Sequence[Scalar] | None],
+    settings: Mapping[str, Scalar],
+    where: str = "",
+    **rest: object,
 ) -> Sweep:
     """A Sweep whose axes, rungs and settings all exist; SaihError names the nearest valid ones."""
     spec = workload.spec(name)

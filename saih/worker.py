@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from saih import environment, launchers, workload
-from saih.core import FORMAT, PHASES, Bench, Check, Context, Place, Point
+from saih.core import FORMAT, PHASES, Check, Context, Place, Point
 from saih.errors import SaihError
 from saih.files import read_json, write_atomic, write_json
 from saih.timing import Samples, StepClock, run_steps
@@ -68,13 +68,14 @@ class Pack:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`python -m saih.worker PACK.json`, started by a launcher; the exit status is 0 when every point was dealt with."""
+    """`python -m saih.worker PACK.json`, started by a launcher; 0 when every point was dealt with."""
     _die_with_the_launcher()
     pack = Pack.read(Path(arguments[0]))
     place = launchers.place()
     if place.world != pack.ranks:
         raise SaihError(f"this is rank {place.rank} of {place.world}, but the job was given {pack.ranks} ranks")
     torch.set_num_threads(pack.threads)
+    _strict_fp32()
     device = f"cuda:{place.local_rank}" if pack.device == "cuda" else "cpu"
     _limit_memory(pack)
     with _process_group(place, device):
@@ -116,7 +117,7 @@ class Launch:
             check = self._unanimous(bench.check())
             checked_s = time.perf_counter()
             warm = run_steps(bench, clock, int(point.params["warmup"]))
-            steps = self._agree_on_steps(bench, clock, point, warm)
+            steps = self._agree_on_steps(point, warm)
             io_before = _io_counters()
             timed = run_steps(bench, clock, steps)
             io_after = _io_counters()
@@ -144,7 +145,7 @@ class Launch:
             raise CheckFailedError(check if not check.passed else Check(False, check.numbers, "failed on another rank"))
         return check
 
-    def _agree_on_steps(self, bench: Bench, clock: StepClock, point: Point, warm: Samples) -> int:
+    def _agree_on_steps(self, point: Point, warm: Samples) -> int:
         """Rank 0's last warm-up step decides how many steps are timed; also lines the ranks up."""
         last = sum(warm.phase_s[-1]) if warm.phase_s else 0.0
         return int(self._gather(np.array([float(point.timed_steps(last))]))[0, 0])
@@ -263,6 +264,12 @@ def _die_with_the_launcher() -> None:
     """Ask the kernel to kill this rank when its launcher dies: nobody is left to use what it would measure."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+
+
+def _strict_fp32() -> None:
+    """fp32 means fp32: no TF32 on GPUs; and cuDNN may try all its kernels before the clock counts."""
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = True
 
 
 def _limit_memory(pack: Pack) -> None:

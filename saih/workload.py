@@ -42,7 +42,7 @@ class BenchModule(Protocol):
 @cache
 def packages() -> Mapping[str, str]:
     """Workload name -> dotted package: folders under `workloads`, then the entry points of others."""
-    found = {name: package for name, package in _folders("workloads")}
+    found = dict(_folders("workloads"))
     for entry in entry_points(group=ENTRY_POINTS):
         found.setdefault(entry.name, entry.value)
     return dict(sorted(found.items()))

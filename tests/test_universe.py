@@ -2,7 +2,8 @@
 
 import sys
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,10 @@ def random_displacement(mesh: int, seed: int, size: float) -> torch.Tensor:
     return size * torch.randn(3, mesh, mesh, mesh, generator=noise(seed))
 
 
+def paint(displacement: torch.Tensor) -> torch.Tensor:
+    return universe.paint_cic(torch.stack([displacement, torch.full_like(displacement, 9.0)]), 1.0, 0.0)
+
+
 def mode_lengths(mesh: int) -> tuple[np.ndarray, np.ndarray]:
     """Mode number's length and how many real-field modes each rfftn entry stands for."""
     full, half = np.fft.fftfreq(mesh, 1 / mesh), np.fft.rfftfreq(mesh, 1 / mesh)
@@ -56,7 +61,7 @@ def test_sigma_8_of_the_spectrum_is_the_one_asked(cosmology: Cosmology) -> None:
         return float(k**3 / (2 * np.pi**2) * theory.linear_power(cosmology, np.array([k]))[0] * window**2)
 
     steps = np.log(np.array([1e-5, 1e-2, 1e-1, 1.0, 10.0]))
-    variance = sum(quad(integrand, low, high, limit=200, epsrel=1e-5)[0] for low, high in zip(steps, steps[1:]))
+    variance = sum(quad(integrand, low, high, limit=200, epsrel=1e-5)[0] for low, high in pairwise(steps))
     assert np.sqrt(variance) == pytest.approx(cosmology.sigma_8, rel=1e-4)
 
 
@@ -100,7 +105,9 @@ def test_growth_solves_the_growth_equations(cosmology: Cosmology) -> None:
     np.testing.assert_allclose(second, solution.y[2] / d1_today**2, rtol=2e-3)
 
 
-def test_repeated_cosmologies_do_not_disturb_each_other_or_colossus(tmp_path, monkeypatch) -> None:
+def test_repeated_cosmologies_do_not_disturb_each_other_or_colossus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from colossus.cosmology import cosmology as colossus
 
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -117,7 +124,7 @@ def test_repeated_cosmologies_do_not_disturb_each_other_or_colossus(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_colossus_is_named(monkeypatch) -> None:
+def test_missing_colossus_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("cosmology", "power_spectrum"):
         monkeypatch.setitem(sys.modules, f"colossus.cosmology.{module}", None)
     with pytest.raises(ImportError, match="pip install colossus"):
@@ -234,17 +241,17 @@ def brute_force_cic(displacement: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("at_once", [1, 50, 1 << 16])
-def test_painting_equals_a_brute_force_loop(at_once: int, monkeypatch) -> None:
+def test_painting_equals_a_brute_force_loop(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(universe, "_PARTICLES_AT_ONCE", at_once)
     displacement = random_displacement(7, seed=2, size=5.0)
-    painted = universe.paint_cic(displacement)
+    painted = paint(displacement)
     np.testing.assert_allclose(painted.numpy(), brute_force_cic(displacement.numpy()), atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
 @given(mesh=MESHES, seed=SEEDS, size=st.floats(min_value=0, max_value=50))
 def test_painting_conserves_mass(mesh: int, seed: int, size: float) -> None:
-    painted = universe.paint_cic(random_displacement(mesh, seed, size))
+    painted = paint(random_displacement(mesh, seed, size))
     assert painted.double().sum().item() == pytest.approx(mesh**3, rel=1e-5)
     assert painted.min() >= 0
 
@@ -253,13 +260,15 @@ def test_painting_conserves_mass(mesh: int, seed: int, size: float) -> None:
 @given(mesh=MESHES, shifts=st.tuples(*[st.integers(min_value=-20, max_value=20)] * 3))
 def test_moving_every_particle_by_whole_voxels_changes_nothing(mesh: int, shifts: tuple[int, int, int]) -> None:
     displacement = torch.tensor(shifts, dtype=torch.float32).view(3, 1, 1, 1).expand(3, mesh, mesh, mesh).contiguous()
-    assert torch.equal(universe.paint_cic(displacement), torch.ones(mesh, mesh, mesh))
+    assert torch.equal(paint(displacement), torch.ones(mesh, mesh, mesh))
 
 
 # Whole universes
 
 
-def grow(mesh: int, seed: int, redshifts: tuple[float, ...], box_mpc_h: float, cosmology: Cosmology = PLANCK):
+def grow(
+    mesh: int, seed: int, redshifts: tuple[float, ...], box_mpc_h: float, cosmology: Cosmology = PLANCK
+) -> torch.Tensor:
     growth = theory.growth(cosmology, np.array(redshifts))
     return universe.grow(partial(theory.linear_power, cosmology), growth, mesh, box_mpc_h, noise(seed))
 
@@ -326,7 +335,7 @@ def test_structure_grows_with_time_and_with_sigma_8() -> None:
     assert grow(32, 4, (0.0,), 128.0, high).double().var() > 1.3 * late
 
 
-def test_counts_saturate_rather_than_wrap(monkeypatch) -> None:
+def test_counts_saturate_rather_than_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(universe, "PARTICLES_PER_CELL", 10_000)
     counts = grow(16, 0, (0.0,), 64.0)
     assert counts.min() >= 0

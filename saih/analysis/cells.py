@@ -25,14 +25,16 @@ def job_steps(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     """
     timed = samples[samples["warmup"] == 0]
     keys = ["point", "step"]
-    slowest = timed.loc[timed.groupby(keys, sort=False)["step_s"].idxmax(), [*keys, "step_s", *(f"{p}_s" for p in PHASES)]]
+    slowest = timed.loc[
+        timed.groupby(keys, sort=False)["step_s"].idxmax(), [*keys, "step_s", *(f"{p}_s" for p in PHASES)]
+    ]
     totals = timed.groupby(keys, sort=False)[["units", "flop", "moved_bytes"]].sum().reset_index()
     steps = slowest.merge(totals, on=keys)
     return steps.join(points[["cell", "repeat"]], on="point")
 
 
 def per_point(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a measured point (one repeat): median step time and the rates that follow from it. Indexed like `points`."""
+    """One row a measured point (one repeat), indexed like `points`: median step time and the rates that follow."""
     grouped = steps.groupby("point", sort=False)
     table = grouped[["step_s", "units", "flop"]].median()
     table = table.join(points[["cell", "repeat", "ranks", *(f"label_{axis}" for axis in labels_of(points))]])

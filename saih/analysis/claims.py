@@ -52,7 +52,10 @@ def _verdict(claim: Claim, low: float, high: float) -> dict[str, str]:
         return {"verdict": "holds"}
     if bad:
         return {"verdict": "fails", "why": f"the whole interval misses the target {claim.target:g}"}
-    return {"verdict": "not-measurable", "why": f"the interval straddles the target {claim.target:g}; more repeats would tell"}
+    return {
+        "verdict": "not-measurable",
+        "why": f"the interval straddles the target {claim.target:g}; more repeats would tell",
+    }
 
 
 def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame | str:
@@ -74,7 +77,10 @@ def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.Dat
     bottom = bottom[columns].assign(predicted=_prediction(points, bottom, claim.metric))
     pairs = top.merge(bottom, on=[*rest, "repeat"], suffixes=("_top", "_bottom"))
     if pairs.empty:
-        wanted = [", ".join(f"{axis}={label}" for axis, label in side.items()) for side in (claim.numerator, claim.denominator)]
+        wanted = [
+            ", ".join(f"{axis}={label}" for axis, label in side.items())
+            for side in (claim.numerator, claim.denominator)
+        ]
         return f"no measured pair of {wanted[0]} and {wanted[1]}"
     ratio = pairs[f"{claim.metric}_top"] / pairs[f"{claim.metric}_bottom"]
     predicted = pairs["predicted_top"] / pairs["predicted_bottom"]
@@ -105,7 +111,11 @@ def _prediction(points: pd.DataFrame, table: pd.DataFrame, metric: str) -> pd.Se
     planned = points.loc[table.index]
     if metric == "step_s":
         return planned["predicted_step_s"]
-    amount = {"percent_of_peak": "predicted_flop", "percent_of_datasheet": "predicted_flop", "work_per_s_per_rank": "predicted_work"}
+    amount = {
+        "percent_of_peak": "predicted_flop",
+        "percent_of_datasheet": "predicted_flop",
+        "work_per_s_per_rank": "predicted_work",
+    }
     if metric not in amount:
         return pd.Series(np.nan, index=planned.index)
     return planned[amount[metric]] / planned["predicted_step_s"]
@@ -116,6 +126,8 @@ def _predicted(pairs: pd.DataFrame) -> float | None:
     return ratio if np.isfinite(ratio) else None
 
 
-def evaluate_all(claims: Sequence[Claim], points: pd.DataFrame, measured: pd.DataFrame, workload: str) -> list[dict[str, Any]]:
+def evaluate_all(
+    claims: Sequence[Claim], points: pd.DataFrame, measured: pd.DataFrame, workload: str
+) -> list[dict[str, Any]]:
     """Every claim of a workload's spec, with the workload's name."""
     return [{"workload": workload} | evaluate(claim, points, measured) for claim in claims]

@@ -11,7 +11,7 @@ BETWEEN, WITHIN = "between repeats", "within one run"
 
 
 def log_mean_interval(logs: np.ndarray) -> tuple[float, float, float]:
-    """(estimate, low, high) of exp(mean) by Student's t on logarithms; low and high are NaN for fewer than two values."""
+    """(estimate, low, high) of exp(mean) by Student's t on logarithms; low, high are NaN for fewer than two values."""
     centre = float(np.mean(logs))
     if len(logs) < 2:
         return float(np.exp(centre)), float("nan"), float("nan")

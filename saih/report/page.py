@@ -1,3 +1,9 @@
 """stub while building"""
-def write(results, output): return output
-def headline(results): return ""
+
+
+def write(results, output):
+    return output
+
+
+def headline(results):
+    return ""

@@ -28,9 +28,6 @@ class Kernel(Protocol):
 
 def setup(point: Point, context: Context) -> Ceiling:
     """Random operands on the device: zeros can run faster than real data."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.benchmark = True
     generator = torch.Generator().manual_seed(point.seed)
     dtype = DTYPES[str(point.params["precision"])]
 
@@ -60,7 +57,9 @@ class Ceiling:
 
     def check(self) -> Check:
         error = self.kernel.error()
-        return Check(error <= self.tolerance, {"relative_error": error}, f"relative error {error:.3g} > {self.tolerance:g}")
+        return Check(
+            error <= self.tolerance, {"relative_error": error}, f"relative error {error:.3g} > {self.tolerance:g}"
+        )
 
     def step(self, clock: Clock) -> Work:
         clock.enter("compute")

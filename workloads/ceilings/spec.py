@@ -23,7 +23,11 @@ PARAMETERS = (
 )
 
 AXES = (
-    Axis("kernel", "", tuple(Rung(name, {"kernel": name}, place) for place, name in enumerate(("gemm", "conv3d", "copy")))),
+    Axis(
+        "kernel",
+        "",
+        tuple(Rung(name, {"kernel": name}, place) for place, name in enumerate(("gemm", "conv3d", "copy"))),
+    ),
     Axis("size", "n", tuple(Rung(str(n), {"size": n}, n) for n in (512, 1024, 2048, 4096, 8192))),
 )
 

@@ -179,7 +179,7 @@ def _write(path: Path, voxels: Voxels) -> None:
     """Write a .npy file that is there whole or not at all, even if the machine stops."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with temporary.open("xb") as file:
             np.save(file, voxels.astype(_DTYPE, copy=False))
             file.flush()
             os.fsync(file.fileno())
@@ -196,7 +196,7 @@ def _write(path: Path, voxels: Voxels) -> None:
 def _read(path: Path, target: Voxels) -> None:
     """Fill `target` (contiguous) from a .npy file, which must hold just that shape and type."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file:
             _check_header(file, target)
             buffer = memoryview(target.data).cast("B")
             expected = file.tell() + len(buffer)

@@ -96,7 +96,8 @@ def _sigma_8(power: FloatArray) -> float:
     k = _NORMALISATION_K_H_MPC
     x = k * _SIGMA_8_RADIUS_MPC_H
     window = 3 * (np.sin(x) - x * np.cos(x)) / x**3
-    return float(np.sqrt(np.trapezoid(k**3 * power * window**2 / (2 * np.pi**2), np.log(k))))
+    variance_per_log_k = k**3 * power * window**2 / (2 * np.pi**2)
+    return float(np.sqrt(np.sum(variance_per_log_k) * np.log(k[1] / k[0])))
 
 
 def _background(cosmology: Cosmology) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,10 @@ def setup(point: Point, context: Context) -> Training:
     """Make the data set where it is missing, then the network and its optimizer."""
     params = point.params
     recipe = Recipe(int(params["mesh"]), int(params["channels"]), point.seed, int(params["samples"]))
-    generate(context.data_folder, recipe, context.place.rank, context.place.world)
+    generate(Path(context.data_folder), recipe, context.place.rank, context.place.world)
     if context.place.world > 1:
         dist.barrier()
-    return Training(point, context, Dataset(context.data_folder, recipe))
+    return Training(point, context, Dataset(Path(context.data_folder), recipe))
 
 
 class Training:
@@ -42,10 +43,9 @@ class Training:
         self.batch = spec.batch_per_rank(point.params)
         self.cost = spec.cost(point.params)
         self.steps_done = 0
-        _strict_fp32()
         torch.manual_seed(point.seed)
-        network = CosmoFlow(spec.network(point.params))
-        self.network = network.to(self.device, memory_format=torch.channels_last_3d)
+        self.network = CosmoFlow(spec.network(point.params)).to(self.device)
+        self.network.stages.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.model: nn.Module = self.network
         if self.place.world > 1:
             self.model = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
@@ -145,10 +145,3 @@ def _optimizer(network: nn.Module) -> torch.optim.Optimizer:
 
 def _flat_gradient(network: nn.Module) -> Tensor:
     return torch.cat([each.grad.flatten() for each in network.parameters() if each.grad is not None]).double()
-
-
-def _strict_fp32() -> None:
-    """fp32 means fp32: no TF32 on GPUs; and let cuDNN choose its fastest kernels."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.benchmark = True

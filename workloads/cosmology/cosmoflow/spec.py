@@ -26,7 +26,9 @@ PARAMETERS = (
     Parameter("channels", 4, "redshifts", "snapshots of the same universe in one sample", choices=(1, 2, 3, 4)),
     Parameter("width", 16, "channels", "output channels of the first convolution; doubled at every stage", minimum=1),
     Parameter("stages", 0, "", "convolution + pooling stages; 0 = down to 4^3, at most 6", minimum=0),
-    Parameter("batch", 2, "samples", "samples per step: of each rank (weak scaling) or of all together (strong)", minimum=1),
+    Parameter(
+        "batch", 2, "samples", "samples per step: of each rank (weak scaling) or of all together (strong)", minimum=1
+    ),
     Parameter("scaling", "weak", "", "what `batch` counts when there are several ranks", choices=("weak", "strong")),
     Parameter("samples", 8, "volumes", "volumes in the data set", minimum=1),
     Parameter("precision", "fp32", "", "arithmetic of the network; bf16 is autocast", choices=("fp32", "bf16")),
@@ -131,7 +133,9 @@ def batch_per_rank(params: Params) -> int:
     if params["scaling"] == "weak":
         return batch
     if batch % ranks:
-        raise SaihError(f"a batch of {batch} samples cannot be shared by {ranks} ranks; strong scaling needs a multiple")
+        raise SaihError(
+            f"a batch of {batch} samples cannot be shared by {ranks} ranks; strong scaling needs a multiple"
+        )
     return batch // ranks
 
 
@@ -168,7 +172,10 @@ def _operations(net: Network, batch: int, word: int) -> list[Operation]:
         flop, moved = conv.flop * batch, word * voxels * (conv.inputs + conv.outputs) + word * conv.parameters
         pooled = word * voxels * conv.outputs
         operations += [Operation(flop, moved)] * (3 if place else 2)  # forward, weight gradient, input gradient
-        operations += [Operation(0.0, 1.5 * pooled), Operation(0.0, 2.5 * pooled)]  # pooling; its gradient, zeroed first
+        operations += [
+            Operation(0.0, 1.5 * pooled),
+            Operation(0.0, 2.5 * pooled),
+        ]  # pooling; its gradient, zeroed first
         operations += [Operation(0.0, pooled / 4)] * 2  # leaky ReLU of the pooled volume, and its gradient
     for inputs, outputs in net.dense:
         moved = word * (inputs * outputs + batch * (inputs + outputs))

@@ -1,0 +1,145 @@
+"""Draws a panel of lines as SVG that follows the page's theme. The only user of matplotlib."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+SERIES_COLOURS = 6
+MOST_LINES = 2 * SERIES_COLOURS
+"""Every colour twice: solid with a filled marker, then dashed with a hollow one."""
+MARKERS = "osD^vP"
+WIDTH_INCH, HEIGHT_INCH, LEGEND_ROW_INCH = 5.4, 3.4, 0.22
+THEME = {"#000001": "--ink", "#000002": "--muted", "#000003": "--rule", "#000004": "--page"}
+THEME |= {f"#0000a{place}": f"--series-{place}" for place in range(SERIES_COLOURS)}
+"""Colours drawn with -> the CSS variables that replace them."""
+INK, MUTED, RULE, PAGE = list(THEME)[:4]
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series with its 95 % interval; NaN breaks it."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes with its lines. `title` and `description` are for readers who cannot see it."""
+
+    name: str
+    title: str
+    description: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    ticks: Sequence[tuple[float, str]]
+    joined: bool = True
+    """Lines between the markers; not where the places across have no order."""
+    log_x: bool = False
+    log_y: bool = False
+    y_top: float | None = None
+    ideals: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
+    """(x, y) of lines of reference, named "ideal"."""
+
+
+def draw(panel: Panel) -> str:
+    """The panel as an `<svg>` element whose colours are CSS variables and whose ids start with the panel's name."""
+    columns = 1 if any(len(line.label) > 28 for line in panel.lines) else 2
+    named = sum(bool(line.label) for line in panel.lines) + bool(panel.ideals)
+    rows = -(-named // columns)
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.name}):
+        figure = Figure(figsize=(WIDTH_INCH, HEIGHT_INCH + rows * LEGEND_ROW_INCH), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.subplots()
+        axes.patch.set_alpha(0)
+        _scale(axes, panel)
+        for place, line in enumerate(panel.lines):
+            _plot(axes, line, place, panel.joined)
+        for x, y in panel.ideals:
+            axes.plot(x, y, color=MUTED, linestyle=":", linewidth=1.2, label="ideal" if y is panel.ideals[0][1] else "")
+        handles, labels = axes.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        written = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None})
+    return _themed(written.getvalue(), panel)
+
+
+def _scale(axes: Axes, panel: Panel) -> None:
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(0, panel.y_top)
+    axes.set_xticks([place for place, _ in panel.ticks], [label for _, label in panel.ticks])
+    axes.set_xticks([], minor=True)
+    places = [place for place, _ in panel.ticks]
+    if not panel.joined:
+        axes.set_xlim(min(places) - 0.5, max(places) + 0.5)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.grid(color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _plot(axes: Axes, line: Line, place: int, joined: bool) -> None:
+    colour, second = f"#0000a{place % SERIES_COLOURS}", place >= SERIES_COLOURS
+    y = np.asarray(line.y, dtype=float)
+    error = [np.clip(y - np.asarray(line.low), 0, None), np.clip(np.asarray(line.high) - y, 0, None)]
+    axes.errorbar(
+        *(line.x, y, error),
+        label=line.label,
+        color=colour,
+        linestyle=("--" if second else "-") if joined else "none",
+        linewidth=1.6,
+        marker=MARKERS[place % len(MARKERS)],
+        markersize=5.5,
+        markerfacecolor=PAGE if second else colour,
+        elinewidth=1.2,
+        capsize=3,
+    )
+
+
+def _themed(svg: str, panel: Panel) -> str:
+    """Only the element: without prologue and metadata, with names for screen readers, ids of its own, and theme colours."""
+    body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{panel.name}-", body)
+    for colour, variable in THEME.items():
+        body = body.replace(colour, f"var({variable})")
+    body = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", body)
+    ends = body.index(">")
+    opening = re.sub(r' (?:width|height|xmlns)="[^"]*"', "", body[:ends])
+    names = f'<title id="{panel.name}-title">{html.escape(panel.title)}</title>'
+    names += f'<desc id="{panel.name}-desc">{html.escape(panel.description)}</desc>'
+    told = f' role="img" aria-labelledby="{panel.name}-title {panel.name}-desc"'
+    return f"{opening}{told}>{names}{body[ends + 1 :]}".strip()

@@ -1,0 +1,105 @@
+"""A results file read and analysed once, for every part of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saih import store, workload
+from saih.analysis.cells import RATES, job_steps, per_cell, per_point
+from saih.analysis.claims import evaluate_all
+from saih.core import PHASES, Axis
+from saih.errors import SaihError
+from saih.report.grid import axes_of
+from saih.workload import Spec
+
+STATUSES = ("measured", "failed", "pruned", "missing")
+PERCENTAGES = ("percent_of_peak", "percent_of_datasheet")
+STATISTICS = (
+    *("repeats", "steps", "step_s", "step_s_low", "step_s_high", "interval", "units", "flop", "moved_bytes"),
+    *(f"share_{phase}" for phase in PHASES),
+    *RATES,
+)
+READS = ("storage_read_bytes", "file_read_bytes")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a results file holds, and what follows from it."""
+
+    path: Path
+    points: pd.DataFrame
+    samples: pd.DataFrame
+    cells: pd.DataFrame
+    """`per_cell`, with `memory_bytes` (largest rank) and bytes read in a step by all ranks together."""
+    spec: Spec | None
+    """None where the results come from a workload that is not installed here."""
+    claims: list[dict[str, Any]]
+
+    @property
+    def sweep(self) -> Mapping[str, Any]:
+        return dict(self.points.attrs["sweep"])
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        return list(self.points.attrs["environments"])
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return axes_of(self.sweep)
+
+    @property
+    def measured(self) -> pd.DataFrame:
+        """The measured cells."""
+        return self.cells[self.cells["status"] == "measured"]
+
+    @property
+    def title(self) -> str:
+        return self.spec.TITLE if self.spec else str(self.sweep["workload"])
+
+    @property
+    def work_unit(self) -> str:
+        return self.spec.WORK_UNIT if self.spec else "units of work"
+
+    def labels(self, cell: Mapping[str, Any] | pd.Series) -> str:
+        """A cell by its labels: "data=64 model=w16"."""
+        return " ".join(f"{axis.name}={cell[f'label_{axis.name}']}" for axis in self.axes)
+
+
+def read(path: Path) -> Results:
+    """Read and analyse a results file; SaihError where it is not one."""
+    points, samples, ranks = store.load(path), store.load_samples(path), store.load_ranks(path)
+    sweep = points.attrs["sweep"]
+    steps = job_steps(points, samples)
+    spec = _spec(sweep["workload"])
+    claims = []
+    if spec and not steps.empty:
+        claims = evaluate_all(spec.CLAIMS, points, per_point(points, steps, sweep), sweep["workload"])
+    cells = per_cell(points, steps, sweep)
+    cells = cells.assign(**{name: np.nan for name in ("ranks", *STATISTICS) if name not in cells})
+    return Results(path, points, samples, _with_resources(cells, points, steps, ranks), spec, claims)
+
+
+def _spec(name: str) -> Spec | None:
+    try:
+        return workload.spec(name)
+    except SaihError:
+        return None
+
+
+def _with_resources(
+    cells: pd.DataFrame, points: pd.DataFrame, steps: pd.DataFrame, ranks: pd.DataFrame
+) -> pd.DataFrame:
+    """Add peak memory of the largest rank, of all repeats; and bytes read a step, all ranks, median over repeats."""
+    found = ranks.reindex(columns=["point", "device_peak_bytes", "host_peak_bytes", *READS])
+    memory = found["device_peak_bytes"].fillna(found["host_peak_bytes"])
+    cell = points["cell"].reindex(found["point"]).to_numpy()
+    timed = steps.groupby("point").size()
+    reads = found.groupby("point")[list(READS)].sum(min_count=1).div(timed, axis=0)
+    reads = reads.groupby(points["cell"].reindex(reads.index)).median()
+    return cells.join(memory.groupby(cell).max().rename("memory_bytes")).join(reads)
