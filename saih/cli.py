@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from saih import __version__
 from saih.errors import SaihError
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.verb(options))
     except SaihError as error:
-        print(f"saih: {error}", file=sys.stderr)
+        print(f"saih: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
@@ -152,7 +152,12 @@ def _asked(options: argparse.Namespace) -> tuple[Site, Sweep]:
         axes = axes or study.axes
         settings = study.set | settings
     site = _site(options.site or (study.site if study and study.site else "local"))
-    budget = options.time_budget or (study.time_budget if study else None) or site.time_budget
+    budgets = {
+        "--time-budget": options.time_budget,
+        f"{where}: time_budget": study.time_budget if study else None,
+        f"site {site.name}: time_budget": site.time_budget,
+    }
+    source, budget = next(((key, text) for key, text in budgets.items() if text is not None), ("", None))
     asked = language.make_sweep(
         name,
         axes,
@@ -161,7 +166,7 @@ def _asked(options: argparse.Namespace) -> tuple[Site, Sweep]:
         repeat=options.repeat or (study.repeat if study and study.repeat else site.repeat),
         seed=options.seed if options.seed is not None else (study.seed if study else 0),
         site=site.name,
-        time_budget_s=language.parse_duration(budget) if budget else None,
+        time_budget_s=language.parse_duration(budget, source) if budget is not None else None,
     )
     return site, asked
 
@@ -314,8 +319,15 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"saih: {message}; see: {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="saih",
         description="Measure how AI performance on this machine changes as the application grows, and what holds it back.",
         epilog="Start with: saih sweep --axis data,model",
@@ -371,7 +383,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verb(verbs: Any, name: str, function: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
+    about = function.__doc__  # argparse fills in %(names)s in the one, and not in the other
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=about.replace("%", "%%"), description=about)
     parser.set_defaults(verb=function)
     return parser
 
@@ -381,17 +394,17 @@ def _mixed(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+    return _whole(text, 1)
 
 
 def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.strip().removeprefix("-").isdecimal() or not least <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -37,7 +38,7 @@ class Parameter:
         kind = type(self.default)
         try:
             value = _convert(given, kind)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise SaihError(f"{place}{self.name} must be {_KINDS[kind]}, not {given!r}") from None
         if self.choices and value not in self.choices:
             raise unknown(f"value of {self.name}", value, self.choices, where)
@@ -47,6 +48,10 @@ class Parameter:
 
 
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+LARGEST = 2**63
+"""Whole numbers stay below it: results files hold 64 bits."""
 
 
 def _convert(given: object, kind: type) -> Value:
@@ -59,10 +64,14 @@ def _convert(given: object, kind: type) -> Value:
     if isinstance(given, bool) or not isinstance(given, (int, float, str)):
         raise ValueError
     if kind is int:
-        if isinstance(given, float):
+        if isinstance(given, float) or abs(int(given)) >= LARGEST:
             raise ValueError
         return int(given)
-    return float(given) if kind is float else str(given)
+    if kind is float:
+        if not math.isfinite(float(given)):
+            raise ValueError
+        return float(given)
+    return str(given)
 
 
 COMMON = (
@@ -111,10 +120,14 @@ def axis_of(parameter: Parameter, values: Sequence[object] = (), where: str = ""
         raise SaihError(
             f"{where or 'axis'}: {parameter.name} has no ladder of its own; name its values: {parameter.name}=A,B"
         )
-    parsed = [parameter.parse(value, where) for value in values or parameter.choices]
+    ladder = list(dict.fromkeys(parameter.parse(value, where) for value in values or parameter.choices))
+    if parameter.choices:
+        ladder.sort(key=parameter.choices.index)
+    elif not isinstance(parameter.default, str):
+        ladder.sort()
     rungs = [
         Rung(str(value), {parameter.name: value}, float(place if isinstance(value, str) else value))
-        for place, value in enumerate(dict.fromkeys(parsed))
+        for place, value in enumerate(ladder)
     ]
     return Axis(parameter.name, parameter.unit, tuple(rungs))
 
@@ -173,7 +186,7 @@ class Point:
     def folder(self) -> str:
         """Name of the point's folder: labels a person recognises, then the id."""
         words = [f"{axis}={label}" for axis, label in self.labels.items()] + [f"r{self.repeat}"]
-        readable = "".join(letter if letter.isalnum() or letter in "=._-" else "-" for letter in "_".join(words))
+        readable = re.sub(r"[^A-Za-z0-9=._-]", "-", "_".join(words)).lstrip("-.=")
         return f"{readable[:80]}_{self.id[:8]}"
 
     @property
@@ -192,8 +205,8 @@ class Point:
     def timed_steps(self, step_s: float) -> int:
         """How many steps are timed when one takes `step_s`: enough for `seconds`, within [`steps`, `max_steps`]."""
         fewest, most = int(self.params["steps"]), int(self.params["max_steps"])
-        wanted = math.ceil(float(self.params["seconds"]) / step_s) if step_s > 0 else most
-        return max(fewest, min(most, wanted))
+        wanted = float(self.params["seconds"]) / step_s if step_s > 0 else most
+        return max(fewest, math.ceil(min(most, wanted)))
 
     def to_json(self) -> dict[str, Any]:
         return (

@@ -175,8 +175,8 @@ def _obstacle(item: Forecast, site: Site, free_disk: float) -> tuple[str, str] |
         return "memory", f"needs {needed:.1f} GiB a rank; {available:.1f} GiB there"
     if cost.disk_bytes > free_disk:
         return "disk", f"needs {cost.disk_bytes / 1e9:.3g} GB of data; {free_disk / 1e9:.3g} GB free"
-    if item.point_s > site.job_minutes * 60:
-        return "time", f"predicted {item.point_s / 60:.3g} min; the longest job is {site.job_minutes:g} min"
+    if LAUNCH_OVERHEAD_S + item.point_s > site.job_minutes * 60:
+        return "time", f"predicted {(LAUNCH_OVERHEAD_S + item.point_s) / 60:.3g} min; the longest job is {site.job_minutes:g} min"
     return None
 
 

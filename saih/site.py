@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from saih.errors import SaihError, unknown
 
 SHIPPED = Path(__file__).parent / "sites"
 GIB = 2**30
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -38,7 +40,7 @@ class Site(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=f"^{NAME}$")
     description: str = ""
     scheduler: str
     launcher: str
@@ -62,7 +64,7 @@ class Site(BaseModel):
 class SiteFile(BaseModel):
     """The keys of a site file. What is left out is looked up on the machine saih runs on."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
     description: str = ""
     scheduler: str = "local"
@@ -92,6 +94,8 @@ def names() -> list[str]:
 def load(name: str) -> Site:
     """The site of that name or file, with all that its file leaves out filled in from this machine."""
     path = _find(name)
+    if not re.fullmatch(NAME, path.stem):
+        raise SaihError(f"{path}: a site's name has letters, digits, dots, dashes and underscores only; rename the file")
     file = yamlfile.load(path, SiteFile)
     gpus = find_gpus() if file.device != "cpu" else []
     device: Literal["cpu", "cuda"] = "cuda" if file.device == "cuda" or gpus else "cpu"
@@ -101,7 +105,7 @@ def load(name: str) -> Site:
     per_node = file.gpus_per_node or (len(gpus) if device == "cuda" else cores)
     threads = file.threads_per_rank or max(1, cores // per_node)
     memory_gib = file.node_memory_gib or memory_bytes() / GIB
-    part = file.device_name or (gpus[0][0] if gpus else cpu_name())
+    part = file.device_name or (gpus[0][0] if gpus else cpu_name() if device == "cpu" else "this GPU")
     return Site(
         name=path.stem,
         device=device,
@@ -128,7 +132,7 @@ def find_gpus() -> list[tuple[str, float]]:
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     lines = answer.stdout.splitlines() if answer.returncode == 0 else []
     pairs = (line.rsplit(",", 1) for line in lines if "," in line)
-    return [(name.strip(), float(mebibytes) * 2**20) for name, mebibytes in pairs]
+    return [(name.strip(), float(mebibytes) * 2**20) for name, mebibytes in pairs if mebibytes.strip().isdigit()]
 
 
 def memory_bytes() -> float:

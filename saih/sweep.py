@@ -23,7 +23,7 @@ Scalar = bool | int | float | str
 class StudyFile(BaseModel):
     """The keys of a study: the same words as on the command line."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
     workload: str = DEFAULT_WORKLOAD
     axes: dict[str, list[Scalar] | None]
@@ -47,14 +47,21 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Scalar] | None]:
         for part in word.split(","):
             if "=" in part:
                 name, label = part.split("=", 1)
+                _refuse_twice(name, axes)
                 axes[name] = [label]
             elif name is not None:
                 axes[name] = [*(axes[name] or []), part]
             else:
+                _refuse_twice(part, axes)
                 axes[part] = None
     if "" in axes:
         raise SaihError(f"--axis {','.join(words)}: an axis has no name; write --axis data,model or --axis data=32,64")
     return axes
+
+
+def _refuse_twice(name: str, axes: Mapping[str, object]) -> None:
+    if name in axes:
+        raise SaihError(f"--axis {name} is given twice; write all its rungs in one: --axis {name}=A,B")
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, str]:
@@ -68,11 +75,11 @@ def parse_settings(words: Sequence[str]) -> dict[str, str]:
     return settings
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, where: str = "time budget") -> float:
     """Seconds in "90", "90s", "10m" or "2h"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", text.strip())
     if not match:
-        raise SaihError(f"time budget {text!r}: write a number of seconds, or 90s, 10m, 2h")
+        raise SaihError(f"{where} {text!r}: write a number of seconds, or 90s, 10m, 2h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
@@ -84,8 +91,11 @@ def make_sweep(
     **rest: object,
 ) -> Sweep:
     """A Sweep whose axes, rungs and settings all exist; SaihError names the nearest valid ones."""
+    if name not in workload.packages():
+        raise unknown("workload", name, workload.packages(), where)
     spec = workload.spec(name)
     known = workload.parameters(spec)
+    place = f"{where}: " if where else ""
     ladders = {axis.name: axis for axis in spec.AXES}
     chosen = []
     for axis, labels in axes.items():
@@ -96,13 +106,13 @@ def make_sweep(
         else:
             raise unknown("axis", axis, [*ladders, *known], where)
     if not chosen:
-        raise SaihError(f"a sweep needs an axis; {name} has: {', '.join([*ladders, *known])}")
+        raise SaihError(f"{place}a sweep needs an axis; {name} has: {', '.join([*ladders, *known])}")
     overrides: dict[str, Value] = {}
     for key, value in settings.items():
         if key not in known:
             raise unknown("parameter", key, known, where)
         overrides[key] = known[key].parse(value, where)
-    _refuse_double(chosen, overrides)
+    _refuse_double(chosen, overrides, place)
     return replace(Sweep(name, tuple(chosen), overrides), **rest)  # type: ignore[arg-type]
 
 
@@ -132,14 +142,14 @@ def sweep_name(sweep: Sweep, grid: Sequence[Point]) -> str:
     return "-".join([sweep.workload, *(axis.name for axis in sweep.axes), content[:8]])
 
 
-def _refuse_double(axes: Sequence[Axis], overrides: Params) -> None:
+def _refuse_double(axes: Sequence[Axis], overrides: Params, place: str) -> None:
     """Two rungs, or a rung and an override, must not set the same parameter."""
     setters: dict[str, str] = {}
     for axis in axes:
         for name in {name for rung in axis.rungs for name in rung.params}:
             if name in setters:
-                raise SaihError(f"axes {setters[name]} and {axis.name} both set {name}; sweep one of them")
+                raise SaihError(f"{place}axes {setters[name]} and {axis.name} both set {name}; sweep one of them")
             setters[name] = axis.name
     for name in overrides:
         if name in setters:
-            raise SaihError(f"--set {name}: axis {setters[name]} already sets {name}; leave one of them out")
+            raise SaihError(f"{place}--set {name}: axis {setters[name]} already sets {name}; leave one of them out")

@@ -71,7 +71,10 @@ def _module(name: str, part: str) -> ModuleType:
     package = packages().get(name)
     if package is None:
         raise unknown("workload", name, packages())
-    return importlib.import_module(f"{package}.{part}")
+    try:
+        return importlib.import_module(f"{package}.{part}")
+    except ImportError as error:
+        raise SaihError(f"workload {name}: {package}.{part} cannot be imported ({error})") from error
 
 
 def _folders(root: str) -> list[tuple[str, str]]:

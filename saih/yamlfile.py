@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import pydantic
 import yaml
@@ -27,6 +27,8 @@ def load(path: Path, model: type[Model]) -> Model:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise SaihError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except (ValueError, RecursionError) as error:  # a date that does not exist, a nest without end
+        raise SaihError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(value, dict):
         raise SaihError(f"{path}: must be a mapping of keys; valid: {', '.join(keys(model))}")
     try:
@@ -61,15 +63,36 @@ def _child(node: yaml.Node | None, key: str | int) -> tuple[int, yaml.Node] | No
     return None
 
 
+def _keys_at(node: yaml.Node | None, loc: Sequence[str | int]) -> list[str]:
+    """The part of `loc` that stands in the file; pydantic adds the types it tried."""
+    found: list[str] = []
+    for key in loc:
+        step = _child(node, key)
+        if step is None:
+            break
+        found.append(str(key))
+        node = step[1]
+    return found or [str(key) for key in loc[:1]]
+
+
+def _model_at(model: type[pydantic.BaseModel], loc: Sequence[str | int]) -> type[pydantic.BaseModel]:
+    """The model whose key `loc` ends in."""
+    for key in loc[:-1]:
+        field = model.model_fields.get(str(key))
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)), model)
+    return model
+
+
 def _explain(
     path: Path, tree: yaml.Node | None, model: type[pydantic.BaseModel], error: pydantic.ValidationError
 ) -> SaihError:
     first = error.errors()[0]
     loc = first["loc"]
     place = f"{path}:{line_of(tree, loc)}"
-    if first["type"] == "extra_forbidden" and len(loc) == 1:
-        return unknown("key", loc[0], keys(model), place)
-    name = str(loc[0]) if loc else "the file"
+    if first["type"] == "extra_forbidden":
+        return unknown("key", loc[-1], keys(_model_at(model, loc)), place)
+    name = ".".join(_keys_at(tree, loc)) or "the file"
     if first["type"] == "missing":
         return SaihError(f"{path}: key {name} is missing; valid keys: {', '.join(keys(model))}")
     return SaihError(f"{place}: {name}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}")

@@ -141,6 +141,7 @@ def test_draws_are_repeatable_and_within_the_ranges(seed: int, index: int) -> No
     assert cosmology == theory.draw(seed, index)
     assert cosmology != theory.draw(seed, index + 1)
     assert cosmology != theory.draw(seed + 1, index)
+    assert theory.draw(seed, index + 1) != theory.draw(seed + 1, index)
     for name, (low, high) in theory.RANGES.items():
         assert low <= getattr(cosmology, name) <= high
     assert np.all(np.abs(theory.targets(cosmology)) <= 1)

@@ -98,8 +98,8 @@ def _select(table: pd.DataFrame, points: pd.DataFrame, labels: Mapping[str, str]
             table = table[table[column] == label]
             continue
         size = points.loc[table.index, f"size_{axis}"]
-        others = [name for name in table.columns if name.startswith("label_") and name != column] + ["repeat"]
-        grouped = size.groupby([table[name] for name in others])
+        others = [name for name in table.columns if name.startswith("label_") and name != column]
+        grouped = size.groupby([table[name] for name in others] or [pd.Series("", index=table.index)])
         ends = grouped.transform("min" if label == "first" else "max")
         several = grouped.transform("nunique") > 1
         table = table[(size == ends) & several]

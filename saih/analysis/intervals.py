@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
+from scipy.special import bdtr, stdtrit
 
 CONFIDENCE = 0.95
 BETWEEN, WITHIN = "between repeats", "within one run"
@@ -54,5 +54,6 @@ def step_intervals(steps: pd.DataFrame) -> pd.DataFrame:
 def order_statistics(values: np.ndarray) -> tuple[float, float]:
     """Distribution-free 95 % interval of the median; the full range where there are fewer than six values."""
     ordered, count = np.sort(values), len(values)
-    below = max(0, int(np.floor((count - 1.96 * np.sqrt(count)) / 2)))
+    tail = bdtr(np.arange(count), count, 0.5)  # chance that at most so many values lie below the median
+    below = max(0, int(np.count_nonzero(tail <= (1 - CONFIDENCE) / 2)) - 1)
     return float(ordered[below]), float(ordered[count - 1 - below])

@@ -7,11 +7,11 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 SERIES_COLOURS = 6
@@ -19,11 +19,12 @@ MOST_LINES = 2 * SERIES_COLOURS
 """Every colour twice: solid with a filled marker, then dashed with a hollow one."""
 MARKERS = "osD^vP"
 WIDTH_INCH, HEIGHT_INCH, LEGEND_ROW_INCH = 5.4, 3.4, 0.22
+INTERVAL_ALPHA = 0.55
 THEME = {"#000001": "--ink", "#000002": "--muted", "#000003": "--rule", "#000004": "--page"}
 THEME |= {f"#0000a{place}": f"--series-{place}" for place in range(SERIES_COLOURS)}
 """Colours drawn with -> the CSS variables that replace them."""
 INK, MUTED, RULE, PAGE = list(THEME)[:4]
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10,
@@ -64,7 +65,6 @@ class Panel:
     joined: bool = True
     """Lines between the markers; not where the places across have no order."""
     log_x: bool = False
-    log_y: bool = False
     y_top: float | None = None
     ideals: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
     """(x, y) of lines of reference, named "ideal"."""
@@ -80,27 +80,23 @@ def draw(panel: Panel) -> str:
         figure.patch.set_alpha(0)
         axes = figure.subplots()
         axes.patch.set_alpha(0)
-        _scale(axes, panel)
         for place, line in enumerate(panel.lines):
             _plot(axes, line, place, panel.joined)
         for x, y in panel.ideals:
             axes.plot(x, y, color=MUTED, linestyle=":", linewidth=1.2, label="ideal" if y is panel.ideals[0][1] else "")
+        _scale(axes, panel)
         handles, labels = axes.get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         written = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None})
+        figure.savefig(written, format="svg", metadata={"Date": None})
     return _themed(written.getvalue(), panel)
 
 
 def _scale(axes: Axes, panel: Panel) -> None:
     if panel.log_x:
         axes.set_xscale("log")
-    if panel.log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    else:
-        axes.set_ylim(0, panel.y_top)
+    axes.set_ylim(0, panel.y_top)
     axes.set_xticks([place for place, _ in panel.ticks], [label for _, label in panel.ticks])
     axes.set_xticks([], minor=True)
     places = [place for place, _ in panel.ticks]
@@ -116,7 +112,7 @@ def _plot(axes: Axes, line: Line, place: int, joined: bool) -> None:
     colour, second = f"#0000a{place % SERIES_COLOURS}", place >= SERIES_COLOURS
     y = np.asarray(line.y, dtype=float)
     error = [np.clip(y - np.asarray(line.low), 0, None), np.clip(np.asarray(line.high) - y, 0, None)]
-    axes.errorbar(
+    _, caps, bars = axes.errorbar(
         *(line.x, y, error),
         label=line.label,
         color=colour,
@@ -125,13 +121,15 @@ def _plot(axes: Axes, line: Line, place: int, joined: bool) -> None:
         marker=MARKERS[place % len(MARKERS)],
         markersize=5.5,
         markerfacecolor=PAGE if second else colour,
-        elinewidth=1.2,
+        elinewidth=1,
         capsize=3,
     )
+    for artist in (*caps, *bars):
+        artist.set_alpha(INTERVAL_ALPHA)
 
 
 def _themed(svg: str, panel: Panel) -> str:
-    """Only the element: without prologue and metadata, with names for screen readers, ids of its own, and theme colours."""
+    """Only the element, without metadata; with names for screen readers, ids of its own, and theme colours."""
     body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{panel.name}-", body)
     for colour, variable in THEME.items():

@@ -11,8 +11,12 @@ import pandas as pd
 
 from saih.analysis.scaling import RESOURCES
 from saih.core import Axis, Rung
+from saih.report.numbers import plural
 
 Item = TypeVar("Item")
+
+MOST_GROUPS = 6
+"""Figures, or heat maps, for combinations of further axes."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def axes_of(sweep: Mapping[str, Any]) -> tuple[Axis, ...]:
 
 
 def layout(axes: Sequence[Axis]) -> Layout:
-    """A sized axis goes across, one of the problem before one of the machine; the next one that varies makes the lines."""
+    """A sized axis goes across, of the problem rather than of the machine; the next one that varies makes the lines."""
     ranked = sorted(axes, key=lambda axis: (len(axis.rungs) == 1, not is_sized(axis), axis.name in RESOURCES))
     across = ranked[0]
     varying = [axis for axis in axes if axis is not across and len(axis.rungs) > 1]
@@ -77,3 +81,14 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
     if len(items) <= most:
         return list(items)
     return [items[place] for place in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+def words(labels: Mapping[str, str]) -> str:
+    """Labels as a caption: "gpus=2 precision=bf16"."""
+    return " ".join(f"{axis}={label}" for axis, label in labels.items())
+
+
+def left_out(count: int, noun: str) -> str:
+    """A sentence on what MOST_GROUPS leaves out; empty where nothing is."""
+    extra = count - MOST_GROUPS
+    return f"{plural(extra, f'more {noun}')} left out here; the tables to download have all." if extra > 0 else ""

@@ -1,9 +1,98 @@
-"""stub while building"""
+"""Writes a results file as one HTML page that needs no network and no script."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from saih import __version__
+from saih.analysis.scaling import scaling
+from saih.files import write_atomic
+from saih.report import curves, numbers, tables
+from saih.report.downloads import downloads
+from saih.report.figures import draw
+from saih.report.grid import layout
+from saih.report.results import Results, read
+from saih.report.summary import chosen_ceilings, is_ceilings, plain, summarize
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
-def write(results, output):
+def write(results: Path, output: Path) -> Path:
+    """Write the page of `results` to `output`, whole or not at all; SaihError where `results` cannot be read."""
+    text = _render(read(results)).encode()
+    write_atomic(output, lambda file: file.write(text))
     return output
 
 
-def headline(results):
-    return ""
+def headline(results: Path) -> str:
+    """The headline in one or two lines of plain text."""
+    return plain(summarize(read(results)))
+
+
+def _render(results: Results) -> str:
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    env = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    env.filters |= {"three": numbers.three, "plural": numbers.plural, "draw": lambda panel: Markup(draw(panel))}  # noqa: S704
+    return env.get_template("report.html.j2").render(_content(results))
+
+
+def _content(results: Results) -> dict[str, Any]:
+    probing = is_ceilings(results)
+    groups, groups_left = ([], "") if probing else curves.percent_curves(results)
+    maps, maps_left = ([], "") if probing else tables.heat_maps(results)
+    phases, phase_rows = tables.phase_rows(results)
+    troubles, troubles_total = tables.troubles(results)
+    plan = layout(results.axes)
+    return {
+        "version": __version__,
+        "results": results,
+        "sweep": results.sweep,
+        "command": shlex.join(results.sweep["command"]),
+        "axes": results.axes,
+        "across": plan.across,
+        "down": plan.lines,
+        "summary": summarize(results),
+        "groups": groups,
+        "groups_left": groups_left,
+        "maps": maps,
+        "maps_left": maps_left,
+        "map_of": tables.main_percentage(results),
+        "phases": phases,
+        "phase_rows": phase_rows,
+        "rates": _rates(results) if probing else None,
+        "scaling": _scaling(results),
+        "cells": tables.cell_rows(results),
+        "intervals": sorted(results.measured["interval"].unique()),
+        "troubles": troubles,
+        "troubles_total": troubles_total,
+        "environments": tables.environment_rows(results.environments),
+        "downloads": downloads(results),
+    }
+
+
+def _rates(results: Results) -> dict[str, Any]:
+    found = chosen_ceilings(results)
+    chosen = [
+        (name, numbers.si(rate, "B/s" if name == "copy" else "FLOP/s"), found["sources"][name])
+        for name, rate in found["rates"].items()
+    ]
+    return {"chosen": chosen, "groups": curves.rate_curves(results), "rows": tables.rate_rows(results)}
+
+
+def _scaling(results: Results) -> dict[str, Any] | None:
+    """Speed-up and efficiency, or None where ranks do not vary."""
+    if results.measured.empty:
+        return None
+    scaled = scaling(results.cells)
+    if scaled.empty:
+        return None
+    kinds = sorted(scaled["param_scaling"].unique()) if "param_scaling" in scaled else []
+    rows = tables.scaling_rows(results.axes, scaled)
+    return {"kinds": kinds, "groups": curves.scaling_curves(scaled), "rows": rows, "total": len(scaled)}

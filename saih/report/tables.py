@@ -1,0 +1,231 @@
+"""From cells to the rows of the page's tables, as text that is ready to be shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from saih.core import PHASES, Axis
+from saih.report import numbers
+from saih.report.grid import MOST_GROUPS, layout, left_out, spread, words
+from saih.report.results import PERCENTAGES, STATUSES, Results
+
+MOST_ROWS = 500
+MOST_TROUBLES = 200
+MOST_BARS = 120
+MOST_ENVIRONMENTS = 6
+HEAT_COLUMNS, HEAT_ROWS = 14, 24
+VISIBLE_SHARE = 0.0005
+CACHED_SHARE = 0.01
+"""Where less than this of the bytes read came from storage, the rest was in memory already."""
+
+
+@dataclass(frozen=True)
+class Heat:
+    """One cell of a heat map."""
+
+    status: str
+    text: str
+    beside: str = ""
+    share: float = 0.0
+    """Of the largest value on the page: how much colour."""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """% of peak over two axes."""
+
+    caption: str
+    columns: list[str]
+    rows: list[tuple[str, list[Heat]]]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Points of a cell that have no measurement, and why."""
+
+    labels: list[str]
+    status: str
+    kind: str
+    reason: str
+    points: int
+    log_tail: str
+
+
+def counts(results: Results) -> dict[str, int]:
+    """Cells by status, in a fixed order."""
+    found = results.cells["status"].value_counts()
+    return {status: int(found.get(status, 0)) for status in STATUSES}
+
+
+def heat_maps(results: Results) -> tuple[list[HeatMap], str]:
+    """A map for each combination of the further axes; and how many combinations are left out."""
+    plan = layout(results.axes)
+    column = main_percentage(results)
+    if column is None:
+        return [], ""
+    top = float(results.measured[column].max())
+    combinations = list(plan.split(results.cells))
+    maps = [
+        _heat_map(words(labels), group, plan.across, plan.lines, column, top)
+        for labels, group in combinations[:MOST_GROUPS]
+    ]
+    return maps, left_out(len(combinations), "map")
+
+
+def main_percentage(results: Results) -> str | None:
+    """% of the measured ceiling where there is one, else of the data sheet, else None."""
+    return next((name for name in PERCENTAGES if results.measured[name].notna().any()), None)
+
+
+def cell_rows(results: Results) -> list[dict[str, Any]]:
+    """The first rows of the table of all cells."""
+    return [_cell_row(results.axes, cell) for cell in _records(results.cells.head(MOST_ROWS))]
+
+
+def phase_rows(results: Results) -> tuple[list[str], list[dict[str, Any]]]:
+    """The phases that take time anywhere, and for a spread of measured cells the share of each."""
+    cells = results.measured
+    phases = [phase for phase in PHASES if (cells[f"share_{phase}"] > VISIBLE_SHARE).any()]
+    rows = []
+    for cell in spread(_records(cells), MOST_BARS):
+        shares = {phase: 100 * float(cell[f"share_{phase}"]) for phase in phases}
+        rows.append({"labels": _labels(results.axes, cell), "shares": shares, "step": numbers.si(cell["step_s"], "s")})
+    return phases, rows
+
+
+def rate_rows(results: Results) -> list[dict[str, Any]]:
+    """Sustained rates of the ceilings workload, one row a cell."""
+    rows = []
+    for cell in _records(results.measured.head(MOST_ROWS)):
+        moves = cell["flop"] == 0
+        amount = cell["moved_bytes"] if moves else cell["flop"]
+        low, high = amount / cell["step_s_high"], amount / cell["step_s_low"]
+        unit = "B/s" if moves else "FLOP/s"
+        rows.append(
+            {
+                "labels": _labels(results.axes, cell),
+                "rate": numbers.si(amount / cell["step_s"], unit),
+                "interval": numbers.span(low, high, unit),
+                "sheet": numbers.three(cell["percent_of_datasheet"]),
+            }
+        )
+    return rows
+
+
+def scaling_rows(axes: Sequence[Axis], scaled: pd.DataFrame) -> list[dict[str, Any]]:
+    """Speed-up and efficiency of each cell against its base."""
+    return [
+        {
+            "labels": _labels(axes, cell),
+            "ranks": numbers.whole(cell["ranks"]),
+            "base": numbers.whole(cell["base_ranks"]),
+            "work": numbers.si(cell["work_per_s"]),
+            "speed_up": numbers.three(cell["speed_up"]),
+            "error": numbers.three(cell["speed_up_error"]),
+            "ideal": numbers.three(cell["ranks"] / cell["base_ranks"]),
+            "efficiency": numbers.three(100 * cell["efficiency"]),
+        }
+        for cell in _records(scaled.head(MOST_ROWS))
+    ]
+
+
+def troubles(results: Results) -> tuple[list[Trouble], int]:
+    """What has no measurement, a row for each cell and reason: failed first; and how many rows there are in all."""
+    points = results.points[results.points["status"] != "measured"]
+    grouped = points.groupby(["cell", "status", "kind", "reason"], sort=False)
+    first = grouped.head(1).assign(points=grouped["status"].transform("size"))
+    order = {status: place for place, status in enumerate(STATUSES)}
+    first = first.sort_values("status", key=lambda column: column.map(order), kind="stable")
+    rows = [
+        Trouble(_labels(results.axes, row), *(row[name] for name in ("status", "kind", "reason", "points", "log_tail")))
+        for row in _records(first.head(MOST_TROUBLES))
+    ]
+    return rows, len(first)
+
+
+def environment_rows(environments: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """One row a key that says something, one column an environment."""
+    shown = environments[:MOST_ENVIRONMENTS]
+    keys = dict.fromkeys(key for environment in shown for key in environment)
+    rows = [(key, [_plain(environment.get(key)) for environment in shown]) for key in keys]
+    return [(key, values) for key, values in rows if set(values) != {numbers.ABSENT}]
+
+
+def _heat_map(
+    caption: str, cells: pd.DataFrame, across: Axis, down: Axis | None, column: str, top: float
+) -> HeatMap:
+    columns = [rung.label for rung in spread(across.rungs, HEAT_COLUMNS)]
+    rows = [rung.label for rung in spread(down.rungs, HEAT_ROWS)] if down else [""]
+    wanted = cells[cells[f"label_{across.name}"].isin(columns)]
+    if down:
+        wanted = wanted[wanted[f"label_{down.name}"].isin(rows)]
+    known = {
+        (cell[f"label_{down.name}"] if down else "", cell[f"label_{across.name}"]): _heat(cell, column, top)
+        for cell in _records(wanted)
+    }
+    absent = Heat("missing", "not planned")
+    total = (len(down.rungs) if down else 1) * len(across.rungs)
+    shown = len(rows) * len(columns)
+    notes = [f"{shown:,} of {total:,} cells shown: rungs evenly spaced on both axes."] if shown < total else []
+    body = [(row, [known.get((row, label), absent) for label in columns]) for row in rows]
+    return HeatMap(caption, columns, body, notes)
+
+
+def _heat(cell: Mapping[str, Any], column: str, top: float) -> Heat:
+    if cell["status"] != "measured":
+        kind = cell["kind"] if cell["kind"] != cell["status"] else ""
+        return Heat(cell["status"], cell["status"], kind, reason=cell["reason"])
+    value, sheet = cell[column], cell["percent_of_datasheet"]
+    beside = numbers.three(sheet) if column != "percent_of_datasheet" and math.isfinite(sheet) else ""
+    share = max(0.0, value / top) if math.isfinite(value) and top > 0 else 0.0
+    return Heat("measured", numbers.three(value), beside, share)
+
+
+def _cell_row(axes: Sequence[Axis], cell: Mapping[str, Any]) -> dict[str, Any]:
+    measured = cell["status"] == "measured"
+    return {
+        "labels": _labels(axes, cell),
+        "status": cell["status"],
+        "kind": cell["kind"],
+        "ranks": numbers.whole(cell["ranks"]),
+        "repeats": numbers.whole(cell["repeats"]),
+        "steps": numbers.whole(cell["steps"]),
+        "step": numbers.si(cell["step_s"], "s"),
+        "interval": numbers.span(cell["step_s_low"], cell["step_s_high"], "s"),
+        "covers": cell["interval"] if measured else "",
+        "predicted": numbers.si(cell["predicted_step_s"], "s") if cell["predicted_step_s"] > 0 else numbers.ABSENT,
+        "ratio": _ratio(cell["step_s"], cell["predicted_step_s"]),
+        "work": numbers.si(cell["work_per_s"]),
+        "flop": numbers.si(cell["flop_per_s"]) if cell["flop"] > 0 else numbers.ABSENT,
+        "peak": numbers.three(cell["percent_of_peak"]),
+        "sheet": numbers.three(cell["percent_of_datasheet"]),
+        "memory": numbers.si(cell["memory_bytes"], "B"),
+        "file": numbers.si(cell["file_read_bytes"], "B"),
+        "storage": numbers.si(cell["storage_read_bytes"], "B"),
+        "cached": cell["storage_read_bytes"] < CACHED_SHARE * cell["file_read_bytes"],
+    }
+
+
+def _ratio(measured: float, predicted: float) -> str:
+    return f"{numbers.three(measured / predicted)} x" if predicted > 0 and math.isfinite(measured) else ""
+
+
+def _labels(axes: Sequence[Axis], cell: Mapping[str, Any]) -> list[str]:
+    return [str(cell[f"label_{axis.name}"]) for axis in axes]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={each}" for key, each in value.items()) or numbers.ABSENT
+    return numbers.ABSENT if value is None or value == "" else str(value)
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]

@@ -1,0 +1,99 @@
+"""The ceilings: kernels that are checked before they are timed, and rates picked from what was measured."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from saih import probe, workload
+from saih.analysis.ceilings import find_ceilings, mismatch
+from saih.core import Context, Place, Point, Value
+from saih.site import Site
+from saih.timing import StepClock, run_steps
+from workloads.ceilings import bench, spec
+
+DEFAULTS = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
+HERE = Context(Place(0, 0, 1), "cpu", "unused")
+KERNELS = [(kernel, precision) for kernel in ("gemm", "conv3d", "copy") for precision in ("fp32", "bf16")]
+
+
+def ceiling(**changes: Value) -> bench.Ceiling:
+    torch.set_num_threads(1)
+    return bench.setup(Point("ceilings", DEFAULTS | {"size": 256} | changes), HERE)
+
+
+@pytest.mark.parametrize(("kernel", "precision"), KERNELS)
+def test_every_kernel_passes_its_check_and_does_what_it_says(kernel: str, precision: str) -> None:
+    ready = ceiling(kernel=kernel, precision=precision)
+    check = ready.check()
+    assert check.passed, check.why
+    with FlopCounterMode(display=False) as counter:
+        (work,) = run_steps(ready, StepClock("cpu"), 1).work
+    assert counter.get_total_flops() == work.flop
+    assert work.moved_bytes > 0
+
+
+@pytest.mark.parametrize(("kernel", "precision"), KERNELS)
+def test_a_kernel_that_computes_something_else_fails(
+    kernel: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = ceiling(kernel=kernel, precision=precision)
+    honest = ready.kernel.call
+
+    def one_number_off() -> object:
+        result = honest()
+        assert isinstance(result, torch.Tensor)
+        result.flatten()[0] += 100.0 * result.abs().max()
+        return result
+
+    monkeypatch.setattr(ready.kernel, "call", one_number_off)
+    assert not ready.check().passed
+
+
+@pytest.mark.parametrize("kernel", ["gemm", "copy"])
+def test_a_kernel_that_writes_nothing_fails(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = ceiling(kernel=kernel)
+    ready.kernel.call()
+    monkeypatch.setattr(ready.kernel, "call", lambda: None)
+    assert not ready.check().passed
+
+
+def cells() -> pd.DataFrame:
+    rows = [
+        ("gemm", 512, "fp32", 2e9, 1e6, 0.02),
+        ("gemm", 1024, "fp32", 8e9, 4e6, 0.05),  # 160 GFLOP/s
+        ("conv3d", 512, "fp32", 2e9, 1e6, 0.01),  # 200 GFLOP/s: the best fp32
+        ("gemm", 512, "bf16", 3e9, 1e6, 0.01),
+        ("copy", 512, "fp32", 0.0, 1e6, 1e-5),  # 100 GB/s out of a cache
+        ("copy", 4096, "fp32", 0.0, 1e9, 0.05),  # 20 GB/s: the largest
+        ("gemm", 8192, "fp32", 1e15, 1e9, 1.0),
+    ]
+    table = pd.DataFrame(rows, columns=["param_kernel", "param_size", "precision", "flop", "moved_bytes", "step_s"])
+    return table.assign(status=["measured"] * 6 + ["failed"])
+
+
+def test_the_best_sustained_rates_are_taken_and_the_largest_copy() -> None:
+    here = {"processor": "P", "gpu": "", "torch": "2.13.0", "threads": 1, "host": "h"}
+    found = find_ceilings(cells(), here)
+    assert found["rates"] == pytest.approx({"fp32": 200e9, "bf16": 300e9, "copy": 20e9})
+    assert found["sources"]["fp32"] == "conv3d of size 512"
+    assert mismatch(found, here) == ""
+    assert mismatch(found, here | {"host": "another"}) == ""
+    assert "processor is 'Q', not 'P'" in mismatch(found, here | {"processor": "Q"})
+
+
+def test_ceilings_of_another_machine_are_not_used(tmp_path, monkeypatch: pytest.MonkeyPatch, site: Site) -> None:  # type: ignore[no-untyped-def]
+    assert probe.load(tmp_path, site) == (None, f"site {site.name} has not been probed")
+    monkeypatch.setattr(probe, "cpu_name", lambda: "P")
+    machine = {"processor": "P", "gpu": "", "torch": torch.__version__, "threads": site.threads_per_rank}
+    probe.save(tmp_path, site, {"rates": {"fp32": 1.0}, "sources": {}, "machine": machine}, tmp_path / "x.h5")
+    ceilings, why = probe.load(tmp_path, site)
+    assert ceilings is not None, why
+    assert ceilings["results"] == "x.h5"
+    for changed in ({"processor": "Q"}, {"torch": "1.0"}, {"threads": 64}):
+        probe.save(tmp_path, site, {"rates": {}, "sources": {}, "machine": machine | changed}, tmp_path / "x.h5")
+        ceilings, why = probe.load(tmp_path, site)
+        assert ceilings is None
+        assert next(iter(changed)) in why

@@ -1,0 +1,99 @@
+"""What is documented runs: the example workload, the commands of the README, and help for every verb."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saih import cli, store, sweep
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "workloads/README.md", "results/README.md", "jobs/README.md")
+]
+
+
+def example(folder: Path) -> list[Path]:
+    """The files of the example in workloads/README.md, written below `folder`."""
+    text = (ROOT / "workloads" / "README.md").read_text()
+    written = []
+    for name, code in re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```", text, re.DOTALL):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+        written.append(path)
+    return written
+
+
+def test_the_documented_example_is_a_workload_that_sweeps(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for name in ("saih", "workloads"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    assert [path.name for path in example(copy / "workloads")] == ["spec.py", "bench.py"]
+    words = ["sweep", "triad", "--axis", "data,variant", "--set", "seconds=0", "--repeat", "2", "--no-probe"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "saih.cli", *words],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    (results,) = (copy / "results").glob("triad-*.h5")
+    points = store.load(results)
+    assert (points["status"] == "measured").all()
+    assert len(points) == 3 * 2 * 2
+    judged = subprocess.run(
+        [sys.executable, "-m", "saih.cli", "claims", str(results)],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "triad fusing-pays: measured" in judged.stdout
+
+
+def commands() -> list[str]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```(?:console|bash|sh)\n(.*?)```", page.read_text(), re.DOTALL):
+            found += [line.removeprefix("$ ") for line in block.splitlines() if line.startswith(("$ saih", "saih "))]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_documented_command_is_one_the_command_line_takes(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed by the real parser; sweeps are also planned by the sweep language, so axes and rungs exist."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command, comments=True)[1:]
+    options = cli._parser().parse_args(words)
+    if options.verb is cli.sweep:
+        _, asked = cli._asked(options)
+        assert sweep.points(asked, {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_name_only_files_that_exist(page: Path) -> None:
+    for name in re.findall(
+        r"`((?:saih|workloads|tests|jobs|results|reports)/[\w./-]+\.(?:py|yaml|md|j2|h5|html))`", page.read_text()
+    ):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_every_study_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    studies = sorted((ROOT / "jobs" / "studies").glob("*.yaml"))
+    assert studies
+    for study in studies:
+        _, asked = cli._asked(cli._parser().parse_args(["sweep", str(study)]))
+        assert sweep.points(asked, {})

@@ -1,0 +1,1 @@
+"""Workloads of somebody else, for tests: found through the entry points of the folder above."""

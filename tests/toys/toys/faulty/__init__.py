@@ -1,0 +1,1 @@
+"""A workload whose points go wrong in every way a point can."""

@@ -1,0 +1,23 @@
+"""Points that do what their `fault` says."""
+
+from __future__ import annotations
+
+from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
+
+TITLE = "Faulty: points that fail on purpose"
+PAPER = "none"
+WORK_UNIT = "calls"
+FAULTS = ("none", "error", "error-on-last-rank", "out-of-memory", "check-failed", "killed", "exit")
+
+PARAMETERS = (
+    Parameter("fault", "none", "", "what goes wrong", choices=FAULTS),
+    Parameter("amount", 1, "", "tells points apart"),
+    Parameter("step_ms", 1.0, "ms", "how long a step takes"),
+)
+AXES = (Axis("size", "", tuple(Rung(str(n), {"amount": n}, n) for n in range(1, 9))),)
+CLAIMS: tuple[Claim, ...] = ()
+
+
+def cost(params: Params) -> Cost:
+    step_s = float(params["step_ms"]) / 1e3
+    return Cost(1e6 * int(params["amount"]), 1.0, (Operation(step_s * 1e10, 0.0),))
