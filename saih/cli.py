@@ -329,7 +329,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="saih",
-        description="Measure how AI performance on this machine changes as the application grows, and what holds it back.",
+        description="Measure how AI performance on this machine changes as the application grows, "
+        "and what holds it back.",
         epilog="Start with: saih sweep --axis data,model",
     )
     parser.add_argument("--version", action="version", version=f"saih {__version__}")

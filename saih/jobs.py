@@ -254,23 +254,18 @@ def _note(folder: SweepFolder, progress: Progress, event: Mapping[str, Any]) -> 
 
 
 def _settle(folder: SweepFolder, home: Path, progress: Progress) -> None:
-    """A job has ended: points it measured are done; the point it died at, or its first one, is recorded as failed."""
+    """A job has ended: what it measured is done, the point it died at has failed, the rest can be tried again.
+
+    A worker that never came up would not come up for the next point either: then all of its points have failed.
+    """
     points = [Point.from_json(value) for value in read_json(home / "pack.json")["points"]]
-    left = []
-    for point in points:
-        if folder.is_measured(point):
-            progress.measured.add(point.id)
-        elif point.id not in progress.failed and point.id in progress.waiting:
-            left.append(point)
+    progress.measured |= {point.id for point in points if folder.is_measured(point)}
+    left = [point for point in points if point.id in progress.waiting.keys() - progress.measured - progress.failed]
     started = {event["point"] for event in next(_events(home / "events.jsonl")) if event["event"] == "started"}
-    victim = next((point for point in left if point.id in started), left[0] if left else None)
-    if victim is not None:
-        _record_death(folder, home, victim, reached=victim.id in started)
-        progress.failed.add(victim.id)
-        if victim.id not in started:  # the worker never came up: no other point of this job would fare better
-            for point in left[1:]:
-                _record_death(folder, home, point, reached=False)
-                progress.failed.add(point.id)
+    for point in left:
+        if point.id in started or not started:
+            _record_death(folder, home, point, reached=point.id in started)
+            progress.failed.add(point.id)
     progress.running = None
 
 

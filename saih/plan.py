@@ -15,8 +15,8 @@ from saih.site import GIB, Site
 
 UNKNOWN_FLOP_PER_S = 1e11
 UNKNOWN_BYTES_PER_S = 1e10
-LAUNCH_S = {"cpu": 3e-5, "cuda": 1e-5}
-"""Seconds to dispatch one operation from Python, where `ceilings` has not measured it."""
+LAUNCH_S = {"cpu": 1e-4, "cuda": 3e-5}
+"""Seconds to dispatch one listed operation and the small ones around it from Python; a planning figure."""
 LAUNCH_OVERHEAD_S = 6.0
 """Seconds to start a launcher and import torch on every rank."""
 RESERVED_GIB = 0.5
@@ -175,8 +175,9 @@ def _obstacle(item: Forecast, site: Site, free_disk: float) -> tuple[str, str] |
         return "memory", f"needs {needed:.1f} GiB a rank; {available:.1f} GiB there"
     if cost.disk_bytes > free_disk:
         return "disk", f"needs {cost.disk_bytes / 1e9:.3g} GB of data; {free_disk / 1e9:.3g} GB free"
-    if LAUNCH_OVERHEAD_S + item.point_s > site.job_minutes * 60:
-        return "time", f"predicted {(LAUNCH_OVERHEAD_S + item.point_s) / 60:.3g} min; the longest job is {site.job_minutes:g} min"
+    job_min = (LAUNCH_OVERHEAD_S + item.point_s) / 60
+    if job_min > site.job_minutes:
+        return "time", f"predicted {job_min:.3g} min; the longest job is {site.job_minutes:g} min"
     return None
 
 

@@ -95,7 +95,7 @@ def load(name: str) -> Site:
     """The site of that name or file, with all that its file leaves out filled in from this machine."""
     path = _find(name)
     if not re.fullmatch(NAME, path.stem):
-        raise SaihError(f"{path}: a site's name has letters, digits, dots, dashes and underscores only; rename the file")
+        raise SaihError(f"{path}: a site's name has only letters, digits and . - _; rename the file")
     file = yamlfile.load(path, SiteFile)
     gpus = find_gpus() if file.device != "cpu" else []
     device: Literal["cpu", "cuda"] = "cuda" if file.device == "cuda" or gpus else "cpu"

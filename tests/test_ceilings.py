@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -10,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from saih import probe, workload
 from saih.analysis.ceilings import find_ceilings, mismatch
 from saih.core import Context, Place, Point, Value
-from saih.site import Site
 from saih.timing import StepClock, run_steps
+from tests.sites import cpu_site
 from workloads.ceilings import bench, spec
 
 DEFAULTS = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
@@ -45,7 +47,7 @@ def test_a_kernel_that_computes_something_else_fails(
     def one_number_off() -> object:
         result = honest()
         assert isinstance(result, torch.Tensor)
-        result.flatten()[0] += 100.0 * result.abs().max()
+        result[(0,) * result.ndim] += 100.0 * result.abs().max()
         return result
 
     monkeypatch.setattr(ready.kernel, "call", one_number_off)
@@ -84,7 +86,8 @@ def test_the_best_sustained_rates_are_taken_and_the_largest_copy() -> None:
     assert "processor is 'Q', not 'P'" in mismatch(found, here | {"processor": "Q"})
 
 
-def test_ceilings_of_another_machine_are_not_used(tmp_path, monkeypatch: pytest.MonkeyPatch, site: Site) -> None:  # type: ignore[no-untyped-def]
+def test_ceilings_of_another_machine_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = cpu_site()
     assert probe.load(tmp_path, site) == (None, f"site {site.name} has not been probed")
     monkeypatch.setattr(probe, "cpu_name", lambda: "P")
     machine = {"processor": "P", "gpu": "", "torch": torch.__version__, "threads": site.threads_per_rank}

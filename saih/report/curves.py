@@ -15,7 +15,7 @@ from saih.report.figures import MOST_LINES, Line, Panel
 from saih.report.grid import MOST_GROUPS, Layout, is_logarithmic, is_sized, layout, left_out, spread, words
 from saih.report.results import PERCENTAGES, Results
 
-MOST_TICKS = 8
+MOST_TICKS = 10
 Series = Sequence[tuple[str, pd.DataFrame]]
 """What to call each line, and its cells."""
 DENOMINATORS = {"percent_of_peak": "% of measured ceiling", "percent_of_datasheet": "% of data sheet"}
@@ -173,9 +173,21 @@ def _bounded(series: Series) -> tuple[Series, list[str]]:
 
 def _across(axis: Axis) -> dict[str, object]:
     sizes = [float(rung.size) for rung in axis.rungs]
-    ticks = [(float(rung.size), rung.label) for rung in spread(axis.rungs, MOST_TICKS)]
     sized = is_sized(axis)
-    return {"ticks": ticks, "joined": sized, "log_x": sized and is_logarithmic(sizes)}
+    logarithmic = sized and is_logarithmic(sizes)
+    return {"ticks": _ticks(axis, logarithmic), "joined": sized, "log_x": logarithmic}
+
+
+def _ticks(axis: Axis, logarithmic: bool) -> list[tuple[float, str]]:
+    """Rungs from the largest down, as many as have room for their labels."""
+    sizes = np.array([float(rung.size) for rung in axis.rungs])
+    places = np.log(sizes) if logarithmic else sizes
+    room = (places.max() - places.min()) / MOST_TICKS
+    kept: list[int] = []
+    for place in np.argsort(-places):
+        if not kept or places[kept[-1]] - places[place] >= room:
+            kept.append(int(place))
+    return [(sizes[place], axis.rungs[place].label) for place in reversed(kept)]
 
 
 def _axis_label(axis: Axis) -> str:

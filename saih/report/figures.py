@@ -20,6 +20,7 @@ MOST_LINES = 2 * SERIES_COLOURS
 MARKERS = "osD^vP"
 WIDTH_INCH, HEIGHT_INCH, LEGEND_ROW_INCH = 5.4, 3.4, 0.22
 INTERVAL_ALPHA = 0.55
+MOST_MARKERS = 16
 THEME = {"#000001": "--ink", "#000002": "--muted", "#000003": "--rule", "#000004": "--page"}
 THEME |= {f"#0000a{place}": f"--series-{place}" for place in range(SERIES_COLOURS)}
 """Colours drawn with -> the CSS variables that replace them."""
@@ -111,6 +112,7 @@ def _scale(axes: Axes, panel: Panel) -> None:
 def _plot(axes: Axes, line: Line, place: int, joined: bool) -> None:
     colour, second = f"#0000a{place % SERIES_COLOURS}", place >= SERIES_COLOURS
     y = np.asarray(line.y, dtype=float)
+    every = max(1, len(y) // MOST_MARKERS)
     error = [np.clip(y - np.asarray(line.low), 0, None), np.clip(np.asarray(line.high) - y, 0, None)]
     _, caps, bars = axes.errorbar(
         *(line.x, y, error),
@@ -120,6 +122,8 @@ def _plot(axes: Axes, line: Line, place: int, joined: bool) -> None:
         linewidth=1.6,
         marker=MARKERS[place % len(MARKERS)],
         markersize=5.5,
+        markevery=every,
+        errorevery=every,
         markerfacecolor=PAGE if second else colour,
         elinewidth=1,
         capsize=3,

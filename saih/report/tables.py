@@ -158,9 +158,7 @@ def environment_rows(environments: Sequence[Mapping[str, Any]]) -> list[tuple[st
     return [(key, values) for key, values in rows if set(values) != {numbers.ABSENT}]
 
 
-def _heat_map(
-    caption: str, cells: pd.DataFrame, across: Axis, down: Axis | None, column: str, top: float
-) -> HeatMap:
+def _heat_map(caption: str, cells: pd.DataFrame, across: Axis, down: Axis | None, column: str, top: float) -> HeatMap:
     columns = [rung.label for rung in spread(across.rungs, HEAT_COLUMNS)]
     rows = [rung.label for rung in spread(down.rungs, HEAT_ROWS)] if down else [""]
     wanted = cells[cells[f"label_{across.name}"].isin(columns)]

@@ -1,0 +1,9 @@
+"""`make bench`: the speed of saih itself, each figure beside its target. Nothing here passes or fails."""
+
+from __future__ import annotations
+
+from tests.benchmarks import bench_cli, bench_engine, bench_report, bench_universe
+
+for benchmark in (bench_cli, bench_engine, bench_report, bench_universe):
+    print(f"== {benchmark.__doc__}", flush=True)
+    benchmark.main()

@@ -1,0 +1,188 @@
+"""The worker on this process: what it stores, in which order, and what it says of the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from saih import environment, launchers, worker, workload
+from saih.core import FORMAT, PHASES, Check, Clock, Context, Place, Point, Work
+from saih.errors import SaihError
+from saih.files import read_json, write_json
+
+TOYS = Path(__file__).parent / "toys"
+
+
+@pytest.fixture(autouse=True)
+def _toys(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(TOYS))
+    workload.packages.cache_clear()
+    yield
+    workload.packages.cache_clear()
+
+
+def point(**changes: Any) -> Point:
+    known = workload.parameters(workload.spec("faulty"))
+    quick = {"seconds": 0.0, "steps": 3, "warmup": 1}
+    return Point("faulty", {name: each.default for name, each in known.items()} | quick | changes)
+
+
+def launch(folder: Path, **changes: Any) -> worker.Launch:
+    pack = worker.Pack(
+        folder, (), folder / "points", 1, 1, "cpu", str(folder / "data"), None, {"saih": "0", "commit": ""}
+    )
+    return worker.Launch(pack, Place(0, 0, 1), "cpu", {"host": "here"})
+
+
+def events(folder: Path) -> list[str]:
+    return [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_measurement_holds_raw_samples_and_their_checksum(tmp_path: Path) -> None:
+    wanted = point(step_ms=2.0, amount=7)
+    launch(tmp_path).run(wanted)
+    home = tmp_path / "points" / wanted.folder
+    measurement = read_json(home / "measurement.json")
+    assert measurement["format"] == FORMAT
+    assert Point.from_json(measurement["point"]).id == wanted.id
+    assert measurement["check"] == {"answer": 41.0}
+    assert measurement["ranks"] == 1
+    assert measurement["environment"] == {"host": "here"}
+    content = (home / "samples.npz").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == measurement["samples_sha256"]
+    with np.load(home / "samples.npz", allow_pickle=False) as arrays:
+        assert arrays["phase_s"].shape == (1, 3, len(PHASES))
+        assert arrays["warmup_phase_s"].shape == (1, 1, len(PHASES))
+        assert (arrays["phase_s"][..., PHASES.index("compute")] >= 0.002).all()
+        assert (arrays["flop"] == 7e6).all()
+        assert (arrays["units"] == 1).all()
+    assert events(tmp_path) == ["started", "measured"]
+    assert sorted(path.name for path in home.iterdir()) == ["measurement.json", "samples.npz"]
+
+
+def test_a_failed_check_gives_no_timing(tmp_path: Path) -> None:
+    wanted = point(fault="check-failed")
+    launch(tmp_path).run(wanted)
+    home = tmp_path / "points" / wanted.folder
+    failure = read_json(home / "failure.json")
+    assert failure["kind"] == "check-failed"
+    assert failure["check"] == {"answer": 41.0}
+    assert [path.name for path in home.iterdir()] == ["failure.json"]
+    assert events(tmp_path) == ["started", "failed"]
+
+
+def test_a_later_success_removes_the_old_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = point(fault="error")
+    launch(tmp_path).run(wanted)
+    monkeypatch.setenv("FAULTY_HEALED", "1")
+    launch(tmp_path).run(wanted)
+    home = tmp_path / "points" / wanted.folder
+    assert sorted(path.name for path in home.iterdir()) == ["measurement.json", "samples.npz"]
+
+
+def test_the_check_comes_before_the_first_timed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Spy:
+        def check(self) -> Check:
+            order.append("check")
+            return Check(True)
+
+        def step(self, clock: Clock) -> Work:
+            order.append("step")
+            return Work(1.0)
+
+        def close(self) -> None:
+            order.append("close")
+
+    def setup(point: Point, context: Context) -> Spy:
+        order.append("setup")
+        return Spy()
+
+    monkeypatch.setattr(workload.bench("faulty"), "setup", setup)
+    launch(tmp_path).run(point(warmup=2, steps=3))
+    assert order == ["setup", "check", *["step"] * 5, "close"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), "out-of-memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out-of-memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out-of-memory"),
+        (OSError(28, "No space left on device"), "disk-full"),
+        (OSError(5, "Input/output error"), "error"),
+        (worker.CheckFailedError(Check(False)), "check-failed"),
+        (ValueError("x"), "error"),
+    ],
+)
+def test_errors_are_sorted_into_kinds(error: Exception, kind: str) -> None:
+    assert worker._kind(error) == kind
+
+
+def test_a_requeued_job_skips_what_is_measured(tmp_path: Path) -> None:
+    done, left = point(amount=1), point(amount=2)
+    launch(tmp_path).run(done)
+    pack = launch(tmp_path).pack
+    again = worker.Pack(**{**pack.__dict__, "points": (done, left)})
+    assert [each.id for each in worker._unmeasured(again, "cpu")] == [left.id]
+
+
+def test_bytes_read_are_counted_by_the_kernel(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 5_000_000)
+    before = worker._io_counters()
+    (tmp_path / "file").read_bytes()
+    after = worker._io_counters()
+    assert 5_000_000 <= after[1] - before[1] < 5_100_000
+
+
+def test_peak_memory_is_that_of_the_point(tmp_path: Path) -> None:
+    ballast = bytearray(200_000_000)
+    for place in range(0, len(ballast), 4096):
+        ballast[place] = 1
+    high = worker._host_peak()
+    del ballast
+    worker._release_memory("cpu")
+    worker._reset_peak_memory("cpu")
+    assert worker._host_peak() < high - 150_000_000
+
+
+def test_a_pack_survives_the_file(tmp_path: Path) -> None:
+    written = {
+        "format": FORMAT,
+        "name": "000",
+        "points": [point().to_json()],
+        "points_folder": str(tmp_path / "points"),
+        "ranks": 2,
+        "threads": 1,
+        "device": "cpu",
+        "data_folder": "data",
+        "rank_memory_bytes": None,
+        "version": {},
+    }
+    write_json(tmp_path / "pack.json", written)
+    pack = worker.Pack.read(tmp_path / "pack.json")
+    assert pack.points[0].id == point().id
+    assert (pack.ranks, pack.folder) == (2, tmp_path)
+
+
+def test_a_process_no_launcher_started_is_told_so() -> None:
+    with pytest.raises(SaihError, match="no launcher set 'RANK'"):
+        launchers.place({})
+    assert launchers.place({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == Place(3, 1, 4)
+
+
+def test_the_environment_names_what_must_not_be_mixed() -> None:
+    seen = environment.capture("cpu", environment.own_version())
+    assert set(environment.MACHINE_KEYS) <= set(seen)
+    assert seen["torch"] == torch.__version__
+    assert seen["processor"]
+    assert seen["host"] == os.uname().nodename
+    json.dumps(seen, allow_nan=False)
