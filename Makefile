@@ -41,8 +41,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 # What tests want from Debian: taken where it can be, else the tests that need it skip (and fail under CI=true).
 system-packages:
-	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && ! { command -v chromium && command -v h5dump; } >/dev/null; then \
+		apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium hdf5-tools >/dev/null; \
 	fi
 
 clean:

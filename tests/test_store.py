@@ -1,0 +1,184 @@
+"""The results file: what goes in comes out, nothing is mixed unasked, damage is named, other tools can read it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from saih import store
+from saih.core import PHASES, Params, Point
+from saih.errors import SaihError
+from tests.synthetic import ENVIRONMENT, Outcome, Scenario, make
+
+
+def step_s(params: Params) -> float:
+    return 1e-3 * float(params["mesh"]) * float(params["width"])
+
+
+def some_go_wrong(point: Point) -> Outcome:
+    if point.labels == {"data": "32", "model": "w8"}:
+        return Outcome("pruned", "memory", "needs 99 GiB a rank; 1 GiB there")
+    if point.labels == {"data": "16", "model": "w8"}:
+        return Outcome("failed", "out-of-memory", "RuntimeError: no", "the log's last words")
+    return Outcome("missing") if point.labels == {"data": "32", "model": "w4"} and point.repeat else Outcome()
+
+
+@pytest.fixture
+def scenario() -> Scenario:
+    return Scenario(step_s=step_s, repeat=2, jitter=0.1, outcome=some_go_wrong, params={"gpus": 2})
+
+
+@pytest.fixture
+def results(tmp_path: Path, scenario: Scenario) -> Path:
+    return store.gather(make(tmp_path / "jobs", scenario), tmp_path / "results")
+
+
+def test_what_was_measured_comes_back(results: Path) -> None:
+    points, samples, ranks = store.load(results), store.load_samples(results), store.load_ranks(results)
+    assert points.groupby(["label_data", "label_model"])["status"].agg(list).to_dict() == {
+        ("16", "w4"): ["measured", "measured"],
+        ("16", "w8"): ["failed", "failed"],
+        ("32", "w4"): ["measured", "missing"],
+        ("32", "w8"): ["pruned", "pruned"],
+    }
+    assert set(points.loc[points["status"] == "failed", "log_tail"]) == {"the log's last words"}
+    assert set(points.loc[points["status"] == "pruned", "reason"]) == {"needs 99 GiB a rank; 1 GiB there"}
+    measured = points.index[points["status"] == "measured"]
+    assert set(samples["point"]) == set(ranks["point"]) == set(measured)
+    for row in measured:
+        mine = samples[(samples["point"] == row) & ~samples["warmup"]]
+        expected = step_s({"mesh": points.loc[row, "param_mesh"], "width": points.loc[row, "param_width"]})
+        repeat = 0.1 * (2 * points.loc[row, "repeat"] - 1)
+        np.testing.assert_allclose(
+            mine[mine["rank"] == 1]["step_s"], expected * (1 + repeat + 0.1 * np.linspace(-1, 1, 5))
+        )
+        assert len(mine) == 2 * 5
+    assert (ranks["host"] == "n1").all()
+    assert points.attrs["sweep"]["axes"][0]["name"] == "data"
+    assert points.attrs["environments"] == [ENVIRONMENT]
+    assert (points.loc[measured, "environment"] == 0).all()
+    assert points.loc[measured, "check_relative_error"].tolist() == [1e-6] * len(measured)
+
+
+def test_missing_numbers_stay_missing(results: Path) -> None:
+    points, samples = store.load(results), store.load_samples(results)
+    unmeasured = points[points["status"] != "measured"]
+    assert unmeasured[["ranks", "check_relative_error"]].isna().all(axis=None)
+    assert samples.loc[samples["warmup"], ["units", "flop", "moved_bytes"]].isna().all(axis=None)
+    assert store.load_ranks(results)["device_peak_bytes"].isna().all()
+
+
+def test_the_job_folders_stay_and_gathering_again_gives_the_same(tmp_path: Path, scenario: Scenario) -> None:
+    folder = make(tmp_path / "jobs", scenario)
+    first = store.load(store.gather(folder, tmp_path / "results"))
+    again = store.load(store.gather(folder, tmp_path / "results"))
+    assert first.equals(again)
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["synthetic-sweep.h5"]
+
+
+def test_plain_hdf5_tools_read_it(results: Path, require: Callable[[str], str]) -> None:
+    with h5py.File(results) as file:
+        assert file["points/id"].shape == file["points/status"].shape
+        assert file["samples/compute_s"].attrs["unit"] == "s"
+        assert {f"{phase}_s" for phase in PHASES} <= set(file["samples"])
+    words = [require("h5dump"), "-d", "/points/status", str(results)]
+    told = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "measured" in told.stdout
+
+
+def test_different_machines_or_versions_are_refused_unless_told(tmp_path: Path) -> None:
+    def environment(point: Point) -> Mapping[str, Any]:
+        return ENVIRONMENT | ({"torch": "3.0"} if point.labels["data"] == "32" else {"host": "n2"})
+
+    folder = make(tmp_path / "jobs", Scenario(environment=environment))
+    with pytest.raises(SaihError, match=r"differ in torch: 2\.0 and 3\.0.*--mixed"):
+        store.gather(folder, tmp_path / "results")
+    assert not list(tmp_path.glob("results/*.h5"))
+    assert len(store.load(store.gather(folder, tmp_path / "results", mixed=True)).attrs["environments"]) == 2
+
+
+def test_different_hosts_of_one_kind_are_one_machine(tmp_path: Path) -> None:
+    folder = make(tmp_path / "jobs", Scenario(environment=lambda point: ENVIRONMENT | {"host": point.id}))
+    assert len(store.load(store.gather(folder, tmp_path / "results")).attrs["environments"]) == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_samples_are_named_and_not_gathered(tmp_path: Path, scenario: Scenario, damage: str) -> None:
+    folder = make(tmp_path / "jobs", scenario)
+    victim = next(folder.points.glob("*/samples.npz"))
+    if damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(SaihError, match=r"samples\.npz"):
+        store.gather(folder, tmp_path / "results")
+    assert not list(tmp_path.glob("results/*"))
+
+
+def test_a_gather_that_fails_leaves_the_old_results(
+    tmp_path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "jobs", scenario)
+    path = store.gather(folder, tmp_path / "results")
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for step in ("_write_column", "_compare"):
+        with monkeypatch.context() as patched:
+            patched.setattr(store, step, full)
+            with pytest.raises(OSError, match="No space"):
+                store.gather(folder, tmp_path / "results")
+        assert path.read_bytes() == before
+        assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_copy_that_differs_is_not_trusted(
+    tmp_path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = store._write_column
+
+    def off_by_one(group: Any, name: str, values: Any) -> None:
+        honest(group, name, values + 1 if name == "compute_s" else values)
+
+    monkeypatch.setattr(store, "_write_column", off_by_one)
+    with pytest.raises(SaihError, match="samples/compute_s did not survive"):
+        store.gather(make(tmp_path / "jobs", scenario), tmp_path / "results")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -1])
+def test_a_truncated_file_is_one_clear_error(results: Path, keep: int) -> None:
+    content = results.read_bytes()
+    results.write_bytes(content[:keep] if keep >= 0 else content[: len(content) * 9 // 10])
+    with pytest.raises(SaihError, match=r"synthetic-sweep\.h5"):
+        store.load(results)
+
+
+def test_other_files_and_other_formats_are_refused(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(SaihError, match="no such results file"):
+        store.load(tmp_path / "nothing.h5")
+    text = tmp_path / "text.h5"
+    text.write_text("hello")
+    with pytest.raises(SaihError, match="not a whole HDF5 file"):
+        store.load(text)
+    with h5py.File(results, "r+") as file:
+        file.attrs["saih_format"] = 99
+    with pytest.raises(SaihError, match="format 99, this saih reads format 1"):
+        store.load(results)
+
+
+def test_a_results_folder_that_cannot_be_written_is_named(tmp_path: Path, scenario: Scenario) -> None:
+    (tmp_path / "results").write_text("in the way")
+    with pytest.raises(SaihError, match="results cannot be written"):
+        store.gather(make(tmp_path / "jobs", scenario), tmp_path / "results")
+
+
+def test_the_results_file_can_be_read_by_others(results: Path) -> None:
+    assert results.stat().st_mode & 0o444 == 0o444
