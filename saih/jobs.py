@@ -354,7 +354,11 @@ def _python_path() -> str:
 def _templates() -> jinja2.Environment:
     loaders = [jinja2.FileSystemLoader("templates"), jinja2.FileSystemLoader(str(Path(__file__).parent / "templates"))]
     env = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(loaders), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.ChoiceLoader(loaders),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     env.filters["quote"] = lambda value: shlex.quote(str(value))
     env.filters["comment"] = lambda value: "".join(letter if letter.isprintable() else "?" for letter in str(value))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saih.analysis.ceilings import mismatch
+from saih.errors import SaihError
 from saih.files import read_json, write_json
 from saih.site import Site, cpu_name
 
@@ -34,6 +35,8 @@ def load(results: Path, site: Site) -> tuple[dict[str, Any] | None, str]:
     if not path.exists():
         return None, f"site {site.name} has not been probed"
     ceilings = read_json(path)
+    if not isinstance(ceilings, dict) or not {"rates", "machine"} <= ceilings.keys():
+        raise SaihError(f"{path}: not a file of ceilings; remove it and run: saih probe")
     difference = mismatch(ceilings, _here(site, ceilings)) if site.scheduler == "local" else ""
     if difference:
         return None, f"{path} was measured elsewhere: {difference}"

@@ -50,9 +50,7 @@ def gather(folder: SweepFolder, results: Path, mixed: bool = False) -> Path:
         results.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=results, prefix=f".{path.name}.")
     except OSError as error:
-        raise SaihError(
-            f"{results}: results cannot be written there ({error.strerror}); name another with --results"
-        ) from None
+        raise SaihError(f"{results}: results cannot be written there ({error.strerror})") from None
     os.close(handle)
     try:
         _write(Path(aside), sweep, frames, environments)

@@ -99,6 +99,8 @@ def make_sweep(
     ladders = {axis.name: axis for axis in spec.AXES}
     chosen = []
     for axis, labels in axes.items():
+        if labels is not None and not labels:
+            raise SaihError(f"{place}axis {axis} has no rungs; name some, or nothing for the whole ladder")
         if axis in ladders:
             chosen.append(ladders[axis].pick(labels, where) if labels else ladders[axis])
         elif axis in known:
@@ -120,7 +122,11 @@ def points(sweep: Sweep, site_defaults: Params) -> list[Point]:
     """Every point of the full grid, repeats outermost, so that the repeats of a cell are spread over the whole run."""
     known = workload.parameters(workload.spec(sweep.workload))
     base: dict[str, Value] = {name: parameter.default for name, parameter in known.items()}
-    base |= {name: known[name].parse(value) for name, value in site_defaults.items() if name in known}
+    base |= {
+        name: known[name].parse(value, f"site {sweep.site}: defaults")
+        for name, value in site_defaults.items()
+        if name in known
+    }
     base |= sweep.overrides
     cells = []
     for rungs in itertools.product(*(axis.rungs for axis in sweep.axes)):

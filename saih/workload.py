@@ -51,7 +51,7 @@ def packages() -> Mapping[str, str]:
 def spec(name: str) -> Spec:
     """The spec of a workload; SaihError with the nearest names if there is none."""
     module = _module(name, "spec")
-    missing = [member for member in Spec.__annotations__ if not hasattr(module, member)]
+    missing = [member for member in (*Spec.__annotations__, "cost") if not hasattr(module, member)]
     if missing:
         raise SaihError(f"workload {name}: {module.__file__} must define {', '.join(missing)}")
     return cast(Spec, module)

@@ -29,12 +29,27 @@ def load(path: Path, model: type[Model]) -> Model:
         raise SaihError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
     except (ValueError, RecursionError) as error:  # a date that does not exist, a nest without end
         raise SaihError(f"{path}: not valid YAML ({error})") from None
+    _refuse_double_keys(path, tree)
     if not isinstance(value, dict):
         raise SaihError(f"{path}: must be a mapping of keys; valid: {', '.join(keys(model))}")
     try:
         return model.model_validate(value)
     except pydantic.ValidationError as error:
         raise _explain(path, tree, model, error) from None
+
+
+def _refuse_double_keys(path: Path, node: yaml.Node | None) -> None:
+    """YAML forbids them; the parser lets the last one win."""
+    children = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, child in node.value:
+            if key.value in seen:
+                raise SaihError(f"{path}:{key.start_mark.line + 1}: key {key.value} is given twice")
+            seen.add(str(key.value))
+            children.append(child)
+    for child in children:
+        _refuse_double_keys(path, child)
 
 
 def keys(model: type[pydantic.BaseModel]) -> list[str]:
@@ -87,7 +102,8 @@ def _model_at(model: type[pydantic.BaseModel], loc: Sequence[str | int]) -> type
 def _explain(
     path: Path, tree: yaml.Node | None, model: type[pydantic.BaseModel], error: pydantic.ValidationError
 ) -> SaihError:
-    first = error.errors()[0]
+    errors = error.errors()  # a key that is misspelt explains one that is missing
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     loc = first["loc"]
     place = f"{path}:{line_of(tree, loc)}"
     if first["type"] == "extra_forbidden":

@@ -219,7 +219,7 @@ def test_folder_names_show_the_labels() -> None:
     assert named.folder == f"data=64_model=w8_r2_{named.id[:8]}"
 
 
-@pytest.mark.parametrize("label", ["深" * 100, "a/b", "..", "x\n$(rm -rf ~)`'\"", "", "-rf"])
+@pytest.mark.parametrize("label", ["深" * 100, "x" * 300, "a/b", "..", "x\n$(rm -rf ~)`'\"", "", "-rf"])
 def test_folders_can_be_made(tmp_path: Path, label: str) -> None:
     folder = tmp_path / point(labels={"data": label}).folder
     folder.mkdir()
@@ -243,7 +243,7 @@ def test_timed_steps_are_enough_and_within_bounds(steps: int, most: int, seconds
 
 def test_timed_steps_by_hand() -> None:
     fixed = point(params={"steps": 5, "max_steps": 50, "seconds": 1.0})
-    assert [fixed.timed_steps(s) for s in (1.0, 0.1, 0.04, 0.001, 0.0)] == [5, 10, 25, 50, 50]
+    assert [fixed.timed_steps(s) for s in (1.0, 0.1, 0.03, 0.001, 0.0)] == [5, 10, 34, 50, 50]
 
 
 @given(st.floats(1e-9, 1e3), st.floats(1e-9, 1e3))

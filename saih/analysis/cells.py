@@ -37,15 +37,16 @@ def per_point(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any
     """One row a measured point (one repeat), indexed like `points`: median step time and the rates that follow."""
     grouped = steps.groupby("point", sort=False)
     table = grouped[["step_s", "units", "flop"]].median()
-    table = table.join(points[["cell", "repeat", "ranks", *(f"label_{axis}" for axis in labels_of(points))]])
+    columns = ["cell", "repeat", "ranks", *(f"label_{axis}" for axis in labels_of(points))]
+    table = table.join(points.reindex(columns=columns))  # no point has ranks where none was measured
     return _with_rates(table.join(_precision(points)), sweep)
 
 
 def per_cell(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
     """One row a cell in sweep order, measured or not: status, step time with 95 % interval, rates, phase shares."""
     first = points.assign(measured=points["status"] == "measured")
-    first = first.sort_values("measured", ascending=False, kind="stable").drop_duplicates("cell").sort_index()
-    table = first.assign(precision=_precision(first)).set_index("cell")
+    first = first.sort_values("measured", ascending=False, kind="stable").drop_duplicates("cell")
+    table = first.assign(precision=_precision(first)).set_index("cell").loc[points["cell"].unique()]
     if steps.empty:
         return table
     found = step_intervals(steps)
@@ -66,8 +67,8 @@ def peaks(sweep: Mapping[str, Any], precision: str) -> tuple[float, float]:
 
 def _with_rates(table: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
     known = {precision: peaks(sweep, precision) for precision in table["precision"].unique()}
-    measured = table["precision"].map(lambda name: known[name][0])
-    sheet = table["precision"].map(lambda name: known[name][1])
+    measured = table["precision"].map(lambda name: known[name][0]).astype(float)
+    sheet = table["precision"].map(lambda name: known[name][1]).astype(float)
     flop_per_s = table["flop"] / table["step_s"]
     per_rank = flop_per_s / table["ranks"]
     computes = table["flop"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,22 +54,32 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """The axis across."""
+
+    label: str
+    ticks: Sequence[tuple[float, str]]
+    joined: bool
+    """Lines between the markers; not where the places have no order."""
+    logarithmic: bool
+
+
+Ideals = Sequence[tuple[Sequence[float], Sequence[float]]]
+"""(x, y) of lines of reference."""
+
+
+@dataclass(frozen=True)
 class Panel:
     """One pair of axes with its lines. `title` and `description` are for readers who cannot see it."""
 
     name: str
     title: str
     description: str
-    x_label: str
-    y_label: str
     lines: Sequence[Line]
-    ticks: Sequence[tuple[float, str]]
-    joined: bool = True
-    """Lines between the markers; not where the places across have no order."""
-    log_x: bool = False
+    x: Scale
+    y_label: str
     y_top: float | None = None
-    ideals: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
-    """(x, y) of lines of reference, named "ideal"."""
+    ideals: Ideals = ()
 
 
 def draw(panel: Panel) -> str:
@@ -76,13 +87,14 @@ def draw(panel: Panel) -> str:
     columns = 1 if any(len(line.label) > 28 for line in panel.lines) else 2
     named = sum(bool(line.label) for line in panel.lines) + bool(panel.ideals)
     rows = -(-named // columns)
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.name}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has the fonts
         figure = Figure(figsize=(WIDTH_INCH, HEIGHT_INCH + rows * LEGEND_ROW_INCH), layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.subplots()
         axes.patch.set_alpha(0)
         for place, line in enumerate(panel.lines):
-            _plot(axes, line, place, panel.joined)
+            _plot(axes, line, place, panel.x.joined)
         for x, y in panel.ideals:
             axes.plot(x, y, color=MUTED, linestyle=":", linewidth=1.2, label="ideal" if y is panel.ideals[0][1] else "")
         _scale(axes, panel)
@@ -95,15 +107,15 @@ def draw(panel: Panel) -> str:
 
 
 def _scale(axes: Axes, panel: Panel) -> None:
-    if panel.log_x:
+    places, labels = [place for place, _ in panel.x.ticks], [label for _, label in panel.x.ticks]
+    if panel.x.logarithmic:
         axes.set_xscale("log")
-    axes.set_ylim(0, panel.y_top)
-    axes.set_xticks([place for place, _ in panel.ticks], [label for _, label in panel.ticks])
-    axes.set_xticks([], minor=True)
-    places = [place for place, _ in panel.ticks]
-    if not panel.joined:
+    if not panel.x.joined:
         axes.set_xlim(min(places) - 0.5, max(places) + 0.5)
-    axes.set_xlabel(panel.x_label)
+    axes.set_xticks(places, labels)
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(0, panel.y_top)
+    axes.set_xlabel(panel.x.label)
     axes.set_ylabel(panel.y_label)
     axes.grid(color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)

@@ -37,12 +37,12 @@ class Layout:
             yield dict(zip((axis.name for axis in self.others), map(str, labels), strict=True)), group
 
     def series(self, cells: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-        """One line for each rung of the second axis that has cells: what to call it, and its cells."""
+        """One line for each rung of the second axis that has cells: its label, and its cells."""
         if self.lines is None:
             return [("", cells)]
         groups = dict(tuple(cells.groupby(f"label_{self.lines.name}", sort=False)))
         found = [(rung.label, groups.get(rung.label)) for rung in self.lines.rungs]
-        return [(f"{self.lines.name} {label}", group) for label, group in found if group is not None]
+        return [(label, group) for label, group in found if group is not None]
 
 
 def axes_of(sweep: Mapping[str, Any]) -> tuple[Axis, ...]:

@@ -40,6 +40,11 @@ def si(value: float, unit: str = "") -> str:
     return f"{three(value / scale)} {prefix}{unit}".rstrip()
 
 
+def large(value: float) -> str:
+    """With a prefix only where it is large: nobody counts in millisamples."""
+    return three(value) if abs(value) < 1000 else si(value)
+
+
 def span(low: float, high: float, unit: str = "") -> str:
     """An interval under one prefix: "3.10 to 3.22 ms"."""
     if not (math.isfinite(low) and math.isfinite(high)):

@@ -83,7 +83,7 @@ def _rates(results: Results) -> dict[str, Any]:
         (name, numbers.si(rate, "B/s" if name == "copy" else "FLOP/s"), found["sources"][name])
         for name, rate in found["rates"].items()
     ]
-    return {"chosen": chosen, "groups": curves.rate_curves(results), "rows": tables.rate_rows(results)}
+    return {"chosen": chosen, "group": curves.rate_curves(results), "rows": tables.rate_rows(results)}
 
 
 def _scaling(results: Results) -> dict[str, Any] | None:
@@ -95,4 +95,4 @@ def _scaling(results: Results) -> dict[str, Any] | None:
         return None
     kinds = sorted(scaled["param_scaling"].unique()) if "param_scaling" in scaled else []
     rows = tables.scaling_rows(results.axes, scaled)
-    return {"kinds": kinds, "groups": curves.scaling_curves(scaled), "rows": rows, "total": len(scaled)}
+    return {"kinds": kinds, "group": curves.scaling_curves(scaled), "rows": rows, "total": len(scaled)}

@@ -77,9 +77,8 @@ def read(path: Path) -> Results:
     sweep = points.attrs["sweep"]
     steps = job_steps(points, samples)
     spec = _spec(sweep["workload"])
-    claims = []
-    if spec and not steps.empty:
-        claims = evaluate_all(spec.CLAIMS, points, per_point(points, steps, sweep), sweep["workload"])
+    measured = per_point(points, steps, sweep)
+    claims = evaluate_all(spec.CLAIMS, points, measured, sweep["workload"]) if spec else []
     cells = per_cell(points, steps, sweep)
     cells = cells.assign(**{name: np.nan for name in ("ranks", *STATISTICS) if name not in cells})
     return Results(path, points, samples, _with_resources(cells, points, steps, ranks), spec, claims)

@@ -50,7 +50,7 @@ class Summary:
 
 def summarize(results: Results) -> Summary:
     """The headline of a results file, with what can honestly be said where ceilings, FLOP or measurements lack."""
-    ranges, caveats = ceiling_ranges(results) if is_ceilings(results) else _ranges(results)
+    ranges, caveats = (_ceilings(results), []) if is_ceilings(results) else _ranges(results)
     return Summary(
         results.title,
         _machine(results),
@@ -67,8 +67,7 @@ def plain(summary: Summary) -> str:
     """One or two lines for a terminal."""
     if not summary.ranges:
         return f"nothing measured on {summary.machine}"
-    first, *others = map(str, summary.ranges)
-    lines = [f"{first} on {summary.machine}" + (f" ({'; '.join(others)})" if others else "")]
+    lines = [f"{', '.join(map(str, summary.ranges))}, on {summary.machine}"]
     ends = summary.ranges[0]
     if ends.lowest != ends.highest:
         lines.append(f"lowest at {ends.lowest}, highest at {ends.highest}")
@@ -87,7 +86,7 @@ def chosen_ceilings(results: Results) -> Mapping[str, Any]:
     return find_ceilings(results.cells, results.environments[0])
 
 
-def ceiling_ranges(results: Results) -> tuple[list[Range], list[str]]:
+def _ceilings(results: Results) -> list[Range]:
     """The ceilings themselves, one after the other."""
     found = chosen_ceilings(results)
     ranges = []
@@ -95,7 +94,7 @@ def ceiling_ranges(results: Results) -> tuple[list[Range], list[str]]:
         unit, what = ("B/s", "memory copy") if name == "copy" else ("FLOP/s", f"sustained in {name}")
         figure = numbers.si(rate, unit)
         ranges.append(Range(figure, figure, what, found["sources"][name], found["sources"][name]))
-    return ranges, []
+    return ranges
 
 
 def _ranges(results: Results) -> tuple[list[Range], list[str]]:
@@ -109,7 +108,7 @@ def _ranges(results: Results) -> tuple[list[Range], list[str]]:
             caveats.append("no ceiling and no data sheet for this precision: % of peak cannot be told; run saih probe")
         else:
             caveats.append("this workload counts no FLOP: its work per second stands in place of % of peak")
-        work = _range(results, "work_per_s", f"{results.work_unit}/s", numbers.si)
+        work = _range(results, "work_per_s", f"{results.work_unit}/s", numbers.large)
         return [work] if work else [], caveats
     return [found for found in (peak, sheet) if found], caveats
 

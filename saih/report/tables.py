@@ -20,7 +20,7 @@ MOST_BARS = 120
 MOST_ENVIRONMENTS = 6
 HEAT_COLUMNS, HEAT_ROWS = 14, 24
 VISIBLE_SHARE = 0.0005
-CACHED_SHARE = 0.01
+CACHED_SHARE = 0.05
 """Where less than this of the bytes read came from storage, the rest was in memory already."""
 
 
@@ -126,7 +126,7 @@ def scaling_rows(axes: Sequence[Axis], scaled: pd.DataFrame) -> list[dict[str, A
             "labels": _labels(axes, cell),
             "ranks": numbers.whole(cell["ranks"]),
             "base": numbers.whole(cell["base_ranks"]),
-            "work": numbers.si(cell["work_per_s"]),
+            "work": numbers.large(cell["work_per_s"]),
             "speed_up": numbers.three(cell["speed_up"]),
             "error": numbers.three(cell["speed_up_error"]),
             "ideal": numbers.three(cell["ranks"] / cell["base_ranks"]),
@@ -200,7 +200,7 @@ def _cell_row(axes: Sequence[Axis], cell: Mapping[str, Any]) -> dict[str, Any]:
         "covers": cell["interval"] if measured else "",
         "predicted": numbers.si(cell["predicted_step_s"], "s") if cell["predicted_step_s"] > 0 else numbers.ABSENT,
         "ratio": _ratio(cell["step_s"], cell["predicted_step_s"]),
-        "work": numbers.si(cell["work_per_s"]),
+        "work": numbers.large(cell["work_per_s"]),
         "flop": numbers.si(cell["flop_per_s"]) if cell["flop"] > 0 else numbers.ABSENT,
         "peak": numbers.three(cell["percent_of_peak"]),
         "sheet": numbers.three(cell["percent_of_datasheet"]),

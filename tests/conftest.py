@@ -1,0 +1,28 @@
+"""What many tests share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("saih", deadline=None)  # how fast a machine is says nothing about the rule
+settings.load_profile("saih")
+
+
+@pytest.fixture
+def require() -> Callable[[str], str]:
+    """`require("chromium")` is the path of a program; where it is missing the test is skipped, or fails if CI=true."""
+
+    def find(tool: str) -> str:
+        path = shutil.which(tool)
+        if path is None and os.environ.get("CI") == "true":
+            pytest.fail(f"{tool} is not installed, and CI must not skip this test")
+        if path is None:
+            pytest.skip(f"{tool} is not installed")
+        return path
+
+    return find

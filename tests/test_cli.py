@@ -1,0 +1,275 @@
+"""The command line: what it loads, what it prints, and one clear line with exit status 2 for every mistake."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import pytest
+
+from saih import __version__, cli
+
+VERBS = ("list", "sweep", "status", "gather", "claims", "report", "probe")
+SITE = """\
+device: cpu
+device_name: Z80
+gpus_per_node: 2
+threads_per_rank: 1
+node_memory_gib: 8
+time_budget: 20
+repeat: 2
+peak: {flop_per_s: {fp32: 1.0e+11}, memory_bytes_per_s: 1.0e+10}
+"""
+LOADED = """
+import contextlib, io, json, sys
+from saih import cli
+with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+    status = cli.main(json.loads(sys.argv[1]))
+    assert status == 0
+assert out.getvalue()
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder with a site of known size; the command line's signal handler does not outlive the test."""
+    (tmp_path / "sites").mkdir()
+    (tmp_path / "sites" / "small.yaml").write_text(SITE)
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, before)
+
+
+def loaded(*words: str) -> set[str]:
+    """Top-level modules in a process that ran these words."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, json.dumps(words)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout))
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    """What these words print; on status 2, their one line on stderr."""
+    try:
+        found = cli.main(words)
+    except SystemExit as stop:
+        found = int(stop.code or 0)
+    captured = capsys.readouterr()
+    assert found == status, captured.err
+    if status != 2:
+        return captured.out
+    assert re.fullmatch(r"saih: [^\n]+\n", captured.err), captured.err
+    return captured.err.removeprefix("saih: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["sweep", "--help"], ["--version"]])
+def test_help_loads_next_to_nothing(words: list[str]) -> None:
+    heavy = {"torch", "numpy", "pandas", "h5py", "matplotlib", "scipy", "jinja2", "yaml", "pydantic", "rich"}
+    assert not loaded(*words) & heavy
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["list", "--json"],
+        ["list", "cosmoflow"],
+        ["sweep", "--axis=data,model", "--site=small", "--dry-run"],
+        ["status"],
+    ],
+)
+def test_planning_never_loads_torch(words: list[str]) -> None:
+    assert not loaded(*words) & {"torch", "matplotlib", "h5py"}
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    overview = " ".join(said(capsys, "--help").split())
+    for verb in VERBS:
+        function = cli.list_ if verb == "list" else getattr(cli, verb)
+        summary = " ".join(function.__doc__.split())
+        assert summary in overview
+        assert summary in " ".join(said(capsys, verb, "--help").split())
+    assert set(re.findall(r"^    ([a-z]+)", said(capsys, "--help"), re.MULTILINE)) == set(VERBS)
+    assert said(capsys, "--version") == f"saih {__version__}\n"
+
+
+def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        text = said(capsys, verb, "--help")
+        options = re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:]
+        assert options
+        for option in options:
+            name, *explained = option.split(maxsplit=1)
+            assert explained or name == "-h", option
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("list cosmoflw", "unknown workload 'cosmoflw'; did you mean cosmoflow"),
+        ("list --site=smal", "unknown site 'smal'; did you mean small"),
+        ("sweep cosmoflw --axis=data", "unknown workload 'cosmoflw'; did you mean cosmoflow"),
+        ("sweep --axis=dta", "unknown axis 'dta'; did you mean data"),
+        ("sweep --axis=data=33", "unknown rung of axis data '33'"),
+        ("sweep --axis=gpus=many", "gpus must be a whole number, not 'many'"),
+        ("sweep --axis=gpus=0", "gpus must be at least 1, not 0"),
+        ("sweep --axis=width", "name its values: width=A,B"),
+        ("sweep --axis=data --set=widht=3", "unknown parameter 'widht'; did you mean width"),
+        ("sweep --axis=data --set=seconds=nan", "seconds must be a number, not 'nan'"),
+        ("sweep --axis=data --set=width=99999999999999999999", "width must be a whole number"),
+        ("sweep --axis=data --site=nowhere", "unknown site 'nowhere'"),
+        ("sweep --axis=data --site=sites/no.yaml", "site file sites/no.yaml does not exist"),
+        ("sweep", "a sweep needs an axis; cosmoflow has: data, model"),
+        ("sweep --axis", "argument --axis: expected one argument; see: saih sweep --help"),
+        ("sweep --axis=", "an axis has no name"),
+        ("sweep --axis==3", "an axis has no name"),
+        ("sweep --axis=data,,model", "an axis has no name"),
+        ("sweep --axis=data --axis=data=32", "--axis data is given twice"),
+        ("sweep --axis=data --set=width", "write --set NAME=VALUE"),
+        ("sweep --axis=data --set=mesh=32", "axis data already sets mesh"),
+        ("sweep --axis=data --time-budget=soon", "--time-budget 'soon': write a number of seconds"),
+        ("sweep --axis=data --time-budget=", "--time-budget '': write a number of seconds"),
+        ("sweep --axis=data --time-budget=-5m", "--time-budget '-5m': write a number of seconds"),
+        ("sweep --axis=data --repeat=-1", "argument --repeat: must be a whole number of at least 1, not '-1'"),
+        ("sweep --axis=data --repeat=0", "argument --repeat: must be a whole number of at least 1, not '0'"),
+        ("sweep --axis=data --repeat=x", "argument --repeat: must be a whole number of at least 1, not 'x'"),
+        ("sweep --axis=data --seed=-1", "argument --seed: must be a whole number of at least 0, not '-1'"),
+        ("sweep --axis=data --seed=9999999999999999999999", "argument --seed: must be a whole number"),
+        ("sweep bad.yaml", "bad.yaml:2: unknown key 'axs'; did you mean axes"),
+        ("sweep odd.yaml", "odd.yaml: not valid YAML"),
+        ("sweep missing.yaml", "missing.yaml: cannot be read"),
+        ("sweep --axis=data=512 --set=width=64 --site=small --no-probe", "no point of this sweep fits"),
+        ("status nothing", "unknown sweep 'nothing'; valid: none"),
+        ("gather nothing", "unknown sweep 'nothing'; valid: none"),
+        ("claims missing.h5", "missing.h5: no such results file"),
+        ("report missing.h5", "missing.h5: no such results file"),
+        ("claims bad.yaml", "bad.yaml: not a whole HDF5 file"),
+        ("report bad.yaml", "bad.yaml: not a whole HDF5 file"),
+        ("claims sites", "sites: no such results file"),
+        ("probe --site=nowhere", "unknown site 'nowhere'"),
+        ("measure", "argument VERB: invalid choice: 'measure'"),
+        ("", "the following arguments are required: VERB"),
+        ("sweep --axis=data --fast", "unrecognized arguments: --fast"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    workplace: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    (workplace / "bad.yaml").write_text("workload: cosmoflow\naxs: {data: }\n")
+    (workplace / "odd.yaml").write_text("axes: {data: [32]}\0\n")
+    assert message in said(capsys, *words.split(), status=2)
+    assert not list(workplace.glob("jobs/*")), "something was started"
+
+
+@pytest.mark.parametrize("verb", ["claims", "report"])
+def test_results_files_that_are_damaged_or_of_another_format(
+    workplace: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    with h5py.File("other.h5", "w") as file:
+        file.attrs["saih_format"] = 99
+        file["x"] = range(10_000)
+    with h5py.File("foreign.h5", "w"):
+        pass
+    whole = (workplace / "other.h5").read_bytes()
+    (workplace / "short.h5").write_bytes(whole[: len(whole) // 2])
+    (workplace / "empty.h5").write_bytes(b"")
+    for name, message in {
+        "other.h5": "format 99, this saih reads format 1",
+        "foreign.h5": "format None, this saih reads format 1",
+        "short.h5": "not a whole HDF5 file",
+        "empty.h5": "not a whole HDF5 file",
+    }.items():
+        assert message in said(capsys, verb, name, status=2)
+    assert not list(workplace.glob("reports/*"))
+
+
+@pytest.mark.parametrize("folder", ["jobs", "results", "reports"])
+def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(
+    workplace: Path, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    (workplace / folder).write_text("in the way")
+    words = ["sweep", "--axis=data=16", "--site=small", "--no-probe"]
+    assert f"{workplace / folder}: cannot be written" in said(capsys, *words, status=2)
+    assert (workplace / folder).read_text() == "in the way"
+    assert not list(workplace.glob("jobs/*"))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"rates": {}}'])
+def test_damaged_ceilings_are_named(workplace: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    (workplace / "results").mkdir()
+    (workplace / "results" / "ceilings-small.json").write_text(content)
+    for words in (["list", "--site=small"], ["sweep", "--axis=data=16", "--site=small", "--dry-run"]):
+        assert said(capsys, *words, status=2).startswith("results/ceilings-small.json: ")
+
+
+def test_names_with_line_breaks_stay_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["list", "a\nb"], ["list", "--site=a\n/b"], ["claims", "a\nb.h5"], ["sweep", "a\nb.yaml"]):
+        said(capsys, *words, status=2)
+
+
+def test_a_mistake_in_a_real_process(workplace: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "saih.cli", "sweep", "--axis=dta"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("saih: unknown axis 'dta'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_dry_run_lists_everything_and_measures_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sweep", "--axis=data,model", "--site=small", "--dry-run"]
+    text = said(capsys, *words)
+    lines = text.splitlines()
+    cells = {(data, model) for data in (16, 32, 64, 128, 256, 512) for model in (4, 8, 16, 32, 64)}
+    kept = {tuple(map(int, cell)) for cell in re.findall(r"^  data=(\d+) model=w(\d+) .*a step$", text, re.MULTILINE)}
+    pruned = re.findall(r"^  pruned data=(\d+) model=w(\d+) +(memory|time|disk): (.+)$", text, re.MULTILINE)
+    assert kept | {(int(data), int(model)) for data, model, *_ in pruned} == cells
+    assert len(kept) + len(pruned) == len(cells)
+    assert kept, "a budget of 20 s keeps something"
+    assert {int(data) for data, *_ in pruned} >= {512}
+    assert {kind for *_, kind, _ in pruned} >= {"memory", "time"}
+    assert all(re.search(r"\d", reason) for *_, reason in pruned)
+    assert f"{2 * len(kept)} points ({len(kept)} cells x 2 repeats)" in lines[0]
+    assert lines[-1] == "dry run: nothing was started"
+    scripts = [Path(line.split()[1]) for line in lines if line.startswith("script")]
+    assert scripts
+    packed = [point for script in scripts for point in json.loads((script.parent / "pack.json").read_text())["points"]]
+    assert len({point["id"] for point in packed}) == len(packed) == 2 * len(kept)
+    for script in scripts:
+        assert script.read_text().endswith("pack.json\n")
+    files = {path.name for path in workplace.rglob("*") if path.is_file()}
+    assert files == {"small.yaml", "job.sh", "pack.json"}
+    assert said(capsys, *words) == text, "the same command is the same sweep"
+
+
+def test_list_tells_what_each_rung_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    told = {one["name"]: one for one in json.loads(said(capsys, "list", "--json", "--site=small"))}
+    assert {"cosmoflow", "ceilings"} <= told.keys()
+    cosmoflow = told["cosmoflow"]
+    assert [axis["name"] for axis in cosmoflow["axes"]] == ["data", "model"]
+    rung = next(rung for rung in cosmoflow["axes"][1]["rungs"] if rung["label"] == "w32")
+    assert rung["params"] == {"width": 32}
+    assert rung["flop"] > 0
+    assert rung["step_s"] > 0
+    assert {"nodes", "gpus", "batch", "precision"} <= {each["name"] for each in cosmoflow["parameters"]}
+    assert [one["name"] for one in json.loads(said(capsys, "list", "ceilings", "--json"))] == ["ceilings"]
+    text = said(capsys, "list", "cosmoflow", "--site=small")
+    assert re.search(r"^ +w32 +.* parameters, .*FLOP a step, .* predicted .* on site small$", text, re.MULTILINE)
+
+
+def test_status_without_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no sweep yet" in said(capsys, "status")
+
+
+def test_the_command_is_found_on_the_path() -> None:
+    tool = Path(sys.executable).with_name("saih")
+    if not tool.exists():
+        pytest.skip("saih is not installed here")
+    done = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"saih {__version__}\n"

@@ -1,0 +1,468 @@
+"""What every workload and every scheduler must keep to, whoever adds it; and that adding one edits no other file."""
+
+import ast
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from saih import jobs, launchers, schedulers, store, workload
+from saih.analysis.cells import RATES
+from saih.core import COMMON, Axis, Claim, Cost, Job, Parameter, Params, Point, axis_of
+from saih.errors import SaihError
+from saih.site import Site
+
+ROOT = Path(__file__).parent.parent
+WORKLOADS = list(workload.packages())
+SCHEDULERS = schedulers.names()
+METRICS = {"step_s", *RATES}
+
+
+def specs(member: str) -> list[Any]:
+    """One test case for each axis, claim or parameter of each workload."""
+    cases = [(name, each) for name in WORKLOADS for each in getattr(workload.spec(name), member)]
+    return [pytest.param(name, each, id=f"{name}-{each.name}") for name, each in cases]
+
+
+def defaults(name: str) -> dict[str, Any]:
+    return {key: parameter.default for key, parameter in workload.parameters(workload.spec(name)).items()}
+
+
+def ladder(name: str, axis: str) -> Axis:
+    """An axis by name, or the ladder that a parameter with choices makes."""
+    spec = workload.spec(name)
+    known = {each.name: each for each in spec.AXES}
+    return known[axis] if axis in known else axis_of(workload.parameters(spec)[axis], ())
+
+
+def numbers(cost: Cost) -> dict[str, float]:
+    plain = {key: float(value) for key, value in dataclasses.asdict(cost).items() if key != "operations"}
+    for place, operation in enumerate(cost.operations):
+        plain |= {f"{key} of operation {place}": value for key, value in dataclasses.asdict(operation).items()}
+    return plain
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_spec_defines_every_member(name: str) -> None:
+    spec = workload.spec(name)
+    for member in ("TITLE", "PAPER", "WORK_UNIT"):
+        text = getattr(spec, member)
+        assert isinstance(text, str)
+        assert text
+        assert "\n" not in text
+    assert re.fullmatch(r"[a-z ]+s", spec.WORK_UNIT), "a plural: samples, tokens, bytes"
+    for member, kind in {"PARAMETERS": Parameter, "AXES": Axis, "CLAIMS": Claim}.items():
+        values = getattr(spec, member)
+        assert isinstance(values, tuple)
+        assert all(isinstance(value, kind) for value in values)
+        assert max(Counter(value.name for value in values).values(), default=1) == 1, f"a name of {member} stands twice"
+    assert spec.AXES
+    assert callable(spec.cost)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_bench_defines_setup(name: str) -> None:
+    """Read, not imported: a bench may need what only a job has."""
+    source = importlib.util.find_spec(f"{workload.packages()[name]}.bench")
+    assert source is not None
+    assert source.origin is not None
+    tree = ast.parse(Path(source.origin).read_text())
+    setups = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "setup"]
+    assert [[argument.arg for argument in node.args.args] for node in setups] == [["point", "context"]]
+
+
+def test_a_name_belongs_to_one_workload() -> None:
+    folders = Counter(path.parent.name for path in (ROOT / "workloads").rglob("spec.py"))
+    assert max(folders.values()) == 1, f"only one workload can have each of these names: {folders}"
+
+
+@pytest.mark.parametrize(("name", "parameter"), specs("PARAMETERS"))
+def test_parameters_fit_themselves(name: str, parameter: Parameter) -> None:
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", parameter.name)
+    assert parameter.help
+    assert parameter.name not in {common.name for common in COMMON}, "saih has a parameter of that name"
+    for value in (parameter.default, *parameter.choices):
+        assert type(parameter.parse(value)) is type(parameter.default)
+        assert parameter.parse(value) == parameter.parse(str(value)) == value
+
+
+@pytest.mark.parametrize(("name", "axis"), specs("AXES"))
+def test_ladders_set_parameters_there_are_and_grow(name: str, axis: Axis) -> None:
+    known = workload.parameters(workload.spec(name))
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", axis.name)
+    assert len(axis.rungs) > 1
+    labels = [rung.label for rung in axis.rungs]
+    assert len(set(labels)) == len(labels)
+    sizes = [rung.size for rung in axis.rungs]
+    assert sizes == sorted(set(sizes)), "sizes increase from rung to rung"
+    for rung in axis.rungs:
+        assert re.fullmatch(r"[^\s,=]+", rung.label), "a label can be typed: --axis name=label,label"
+        assert rung.label not in ("first", "last"), "claims give these words a meaning"
+        assert math.isfinite(rung.size)
+        assert set(rung.params) == set(axis.rungs[0].params) != set()
+        for key, value in rung.params.items():
+            assert key in known, f"{key} is no parameter"
+            assert known[key].parse(value) == value
+            assert type(value) is type(known[key].default)
+
+
+@pytest.mark.parametrize(("name", "axis"), specs("AXES"))
+def test_every_rung_has_a_cost(name: str, axis: Axis) -> None:
+    spec = workload.spec(name)
+    costs = [spec.cost(defaults(name) | dict(rung.params)) for rung in axis.rungs]
+    for rung, cost in zip(axis.rungs, costs, strict=True):
+        for key, value in numbers(cost).items():
+            assert math.isfinite(value), (rung.label, key)
+            assert value >= 0, (rung.label, key)
+        assert cost.work > 0
+        assert cost.operations
+        assert sum(operation.flop + operation.moved_bytes for operation in cost.operations) > 0
+        assert all(operation.flop + operation.moved_bytes > 0 for operation in cost.operations)
+        assert cost.device_bytes > 0
+        assert isinstance(cost.parameters, int)
+    if all(isinstance(value, (int, float)) and type(value) is not bool for value in axis.rungs[0].params.values()):
+        held = [cost.device_bytes for cost in costs]
+        assert held == sorted(held), "memory shrinks as the application grows"
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_cost_is_a_pure_function_of_the_parameters(name: str) -> None:
+    """Over the full grid of all axes; a combination without sense raises SaihError and nothing else."""
+    spec = workload.spec(name)
+    for rungs in itertools.product(*(axis.rungs for axis in spec.AXES)):
+        params = defaults(name)
+        for rung in rungs:
+            params |= rung.params
+        read_only: Params = MappingProxyType(dict(params))
+        backwards = dict(reversed(params.items()))
+        try:
+            cost = spec.cost(read_only)
+        except SaihError as error:
+            with pytest.raises(SaihError, match=re.escape(str(error))):
+                spec.cost(backwards)
+            continue
+        assert cost == spec.cost(read_only) == spec.cost(backwards)
+        assert backwards == params
+        assert all(math.isfinite(value) and value >= 0 for value in numbers(cost).values())
+
+
+@pytest.mark.parametrize(("name", "claim"), specs("CLAIMS"))
+def test_claims_name_what_there_is(name: str, claim: Claim) -> None:
+    assert claim.text
+    assert claim.metric in METRICS
+    assert claim.better in ("higher", "lower")
+    assert claim.target > 0
+    assert math.isfinite(claim.target)
+    assert claim.numerator.keys() == claim.denominator.keys() != set(), "two cells that differ in the same axes"
+    assert claim.numerator != claim.denominator
+    assert not claim.where.keys() & claim.numerator.keys()
+    spec = workload.spec(name)
+    known = workload.parameters(spec)
+    for side in (claim.numerator, claim.denominator, claim.where):
+        for axis, label in side.items():
+            if axis in known and axis not in {each.name for each in spec.AXES} and not known[axis].choices:
+                assert str(known[axis].parse(label)) == label
+            else:
+                assert label in ("first", "last", *(rung.label for rung in ladder(name, axis).rungs))
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_specs_do_not_load_torch(name: str) -> None:
+    code = f"import sys; from saih import workload; workload.spec({name!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------- schedulers
+
+HOSTILE = 'it\'s a "test" $HOME `id` \\ #1\n; touch oops; {{ x }} %s é'
+ARGUMENTS = """#!/usr/bin/env python3
+import json, os, sys
+print(json.dumps({"words": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}))
+"""
+
+
+def site_for(scheduler: str, **changes: object) -> Site:
+    known: dict[str, object] = {"name": "toy", "scheduler": scheduler, "launcher": "torchrun", "device": "cpu"}
+    sizes = dict.fromkeys(("nodes", "gpus_per_node", "threads_per_rank", "node_memory_gib", "device_memory_gib"), 2)
+    return Site.model_validate(known | sizes | changes)
+
+
+def toy_job(folder: Path) -> Job:
+    known = {parameter.name: parameter.default for parameter in COMMON}
+    return Job(str(folder), folder.name, (Point("toy", known | {"gpus": 2}),), 1, 2, 90.0)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose name is anything but a plain word, and a Python in it that tells what it was started with."""
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    python = folder / "python"
+    python.write_text(ARGUMENTS)
+    python.chmod(0o755)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "executable", str(python))
+    return folder
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_defines_every_member(name: str) -> None:
+    scheduler = schedulers.load(name)
+    assert (Path(jobs.__file__).parent / "templates" / scheduler.TEMPLATE).is_file()
+    assert scheduler.MAX_QUEUED >= 1
+    assert all(callable(getattr(scheduler, member)) for member in ("submit", "states", "cancel"))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scripts_quote_everything(name: str, hostile: Path) -> None:
+    site = site_for(name, environment={"PLAIN": "1", "HOSTILE": HOSTILE}, setup=("export FROM_SETUP=yes",))
+    job = toy_job(hostile / "jobs" / "a b" / "000")
+    text = jobs.render(job, f"sweep {HOSTILE}", site)
+    checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)  # noqa: S607
+    assert (checked.returncode, checked.stderr) == (0, "")
+    words = shlex.split(text, comments=True)
+    assert str(hostile) in words
+    expected = launchers.command(site.launcher, job, ["-m", "saih.worker", str(Path(job.folder, "pack.json"))])
+    start = words.index(expected[0])
+    assert words[start : start + len(expected)] == expected
+    assert text.startswith("#!")
+    assert re.search(r"^set -eu", text, re.MULTILINE)
+    assert text.endswith("\n")
+
+    script = hostile / "job.sh"
+    script.write_text(text)
+    done = subprocess.run(["bash", str(script)], cwd="/", capture_output=True, text=True, check=True)  # noqa: S607
+    seen = json.loads(done.stdout)
+    assert seen["words"] == expected[1:]
+    assert seen["folder"] == str(hostile)
+    assert seen["environment"]["HOSTILE"] == HOSTILE
+    assert seen["environment"]["PLAIN"] == "1"
+    assert seen["environment"]["FROM_SETUP"] == "yes"
+    assert seen["environment"]["OMP_NUM_THREADS"] == "2"
+    assert not [path for path in (hostile / "oops", Path("/oops")) if path.exists()]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_set_up_line_that_fails_ends_the_job(name: str, hostile: Path) -> None:
+    text = jobs.render(toy_job(hostile / "000"), "sweep", site_for(name, setup=("false",)))
+    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)  # noqa: S607
+    assert done.returncode != 0
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_job_nobody_knows_has_ended(name: str, tmp_path: Path) -> None:
+    scheduler = schedulers.load(name)
+    ids = [str(tmp_path / "000"), "999999999", HOSTILE]
+    states = scheduler.states(ids)
+    assert {key: state.phase for key, state in states.items()} == dict.fromkeys(ids, "ended")
+    assert scheduler.states([]) == {}
+    scheduler.cancel(ids)
+    scheduler.cancel([])
+    assert list(tmp_path.iterdir()) == [], "asking leaves nothing behind"
+
+
+def test_unknown_schedulers_and_launchers_come_with_those_there_are() -> None:
+    with pytest.raises(SaihError, match=r"unknown scheduler 'lokal'; did you mean local\? valid: .*local"):
+        schedulers.load("lokal")
+    with pytest.raises(SaihError, match=r"unknown launcher 'torch-run'; did you mean torchrun\? valid: .*torchrun"):
+        launchers.command("torch-run", toy_job(Path("000")), [])
+
+
+# ------------------------------------------------------------------------------- one more of each, without an edit
+
+TOY_SPEC = '''"""A workload that adds numbers. Imports no torch."""
+
+from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
+
+TITLE = "Toy: adds numbers"
+PAPER = "none"
+WORK_UNIT = "numbers"
+PARAMETERS = (
+    Parameter("count", 10, "numbers", "how many numbers are added", minimum=1),
+    Parameter("variant", "loop", "", "how they are added", choices=("loop", "formula")),
+)
+AXES = (Axis("data", "numbers", tuple(Rung(str(n), {"count": n}, n) for n in (10, 100))),)
+CLAIMS = (
+    Claim("formula-is-faster", "over a loop", "step_s", {"variant": "formula"}, {"variant": "loop"}, 1.0, "lower"),
+)
+
+
+def cost(params: Params) -> Cost:
+    count = int(params["count"])
+    return Cost(count, count, (Operation(count, 8.0 * count),), device_bytes=8.0 * count)
+'''
+TOY_BENCH = '''"""Adds numbers."""
+
+from saih.core import Check, Work
+
+
+def setup(point, context):
+    return Toy(int(point.params["count"]), point.params["variant"])
+
+
+class Toy:
+    def __init__(self, count, variant):
+        self.count, self.variant = count, variant
+
+    def total(self):
+        return sum(range(self.count)) if self.variant == "loop" else self.count * (self.count - 1) // 2
+
+    def check(self):
+        return Check(self.total() * 2 == self.count * (self.count - 1))
+
+    def step(self, clock):
+        clock.enter("compute")
+        self.total()
+        return Work(self.count, self.count)
+
+    def close(self):
+        pass
+'''
+TOY_SCHEDULER = '''"""No queue at all: a job runs while it is submitted."""
+
+import subprocess
+
+from saih.schedulers import State
+
+TEMPLATE = "local.sh.j2"
+MAX_QUEUED = 2
+
+
+def submit(job, script):
+    with open(script.parent / "log.txt", "ab") as log:
+        subprocess.run(["bash", str(script)], stdout=log, stderr=log, check=False)
+    (script.parent / "ran-by-toy").touch()
+    return f"toy-{job.name}"
+
+
+def states(ids):
+    return {each: State("ended") for each in ids}
+
+
+def cancel(ids):
+    pass
+'''
+TOY_SITE = "scheduler: toy\ndevice: cpu\ngpus_per_node: 1\nthreads_per_rank: 1\nnode_memory_gib: 4\n"
+
+
+def write(root: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def python(folder: Path, *words: str) -> str:
+    """What a Python that finds `folder` first says; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_workload_is_one_folder_and_a_scheduler_one_file(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for name in ("saih", "workloads"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    before = snapshot(copy)
+    added = {
+        "workloads/family/toy/spec.py": TOY_SPEC,
+        "workloads/family/toy/bench.py": TOY_BENCH,
+        "saih/schedulers/toy.py": TOY_SCHEDULER,
+        "sites/here.yaml": TOY_SITE,
+    }
+    write(copy, added)
+    write(copy, {"tests/__init__.py": "", "tests/test_contract.py": Path(__file__).read_text()})
+    chosen = ["-k", "toy and not without and not one_folder", "-p", "no:cacheprovider", "--no-header"]
+    told = python(copy, "-m", "pytest", "tests/test_contract.py", "-v", *chosen)
+    for case in ("ladders_set_parameters_there_are_and_grow[toy-data]", "scripts_quote_everything[toy]"):
+        assert f"test_{case} PASSED" in told
+
+    sweep = "sweep toy --site here --axis data --axis variant --set seconds=0,steps=3 --repeat 2 --no-probe"
+    python(copy, "-m", "saih.cli", *sweep.split())
+    [results] = (copy / "results").glob("*.h5")
+    points = store.load(results)
+    assert len(points) == 2 * 2 * 2
+    assert set(points["status"]) == {"measured"}
+    assert list(copy.glob("jobs/*/jobs/000/ran-by-toy"))
+    judged = json.loads(python(copy, "-m", "saih.cli", "claims", str(results), "--json"))
+    assert [claim["name"] for claim in judged["claims"]] == ["formula-is-faster"]
+    assert {name: text for name, text in snapshot(copy).items() if name in before} == before, "another file was edited"
+
+
+def test_a_workload_can_live_in_a_package_of_its_own(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "acme/__init__.py": "",
+            "acme/adds/spec.py": TOY_SPEC,
+            "acme/adds/bench.py": TOY_BENCH,
+            "acme-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n",
+            "acme-1.0.dist-info/entry_points.txt": "[saih.workloads]\nadds = acme.adds\n",
+        },
+    )
+    names = [one["name"] for one in json.loads(python(tmp_path, "-m", "saih.cli", "list", "--json"))]
+    assert set(names) >= {"adds", "ceilings", "cosmoflow"}
+    told = python(tmp_path, "-m", "saih.cli", "sweep", "adds", "--axis=data", "--repeat=1", "--no-probe", "--dry-run")
+    assert "2 points (2 cells x 1 repeats)" in told
+
+
+def test_a_package_that_is_broken_is_named(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "acme/adds/spec.py": "import a_library_that_is_not_there\n",
+            "acme-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n",
+            "acme-1.0.dist-info/entry_points.txt": "[saih.workloads]\nadds = acme.adds\nempty = acme.nothing\n",
+        },
+    )
+    code = """
+from saih import workload
+from saih.errors import SaihError
+for name in ("adds", "empty"):
+    try:
+        workload.spec(name)
+    except SaihError as error:
+        print(error)
+"""
+    broken, empty = python(tmp_path, "-c", code).splitlines()
+    assert broken.startswith("workload adds: acme.adds.spec cannot be imported (No module named 'a_library")
+    assert empty.startswith("workload empty: acme.nothing.spec cannot be imported")
+
+
+def test_a_spec_that_lacks_a_member_is_named(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "acme/adds/spec.py": TOY_SPEC.replace("WORK_UNIT", "WORK").replace("def cost", "def price"),
+            "acme-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n",
+            "acme-1.0.dist-info/entry_points.txt": "[saih.workloads]\nadds = acme.adds\n",
+        },
+    )
+    code = "from saih import workload\ntry:\n workload.spec('adds')\nexcept Exception as error:\n print(error)"
+    assert python(tmp_path, "-c", code).rstrip().endswith("spec.py must define WORK_UNIT, cost")
