@@ -124,11 +124,15 @@ def load(name: str) -> Site:
 
 
 def find_gpus() -> list[tuple[str, float]]:
-    """(name, memory bytes) of each NVIDIA GPU here, by nvidia-smi; none where it is missing or fails."""
+    """(name, memory bytes) of each NVIDIA GPU this process may use; none where nvidia-smi is missing or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = [] if visible is None else [f"--id={visible}"]
+    if visible in ("", "-1"):
+        return []
+    query = [tool, *chosen, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     lines = answer.stdout.splitlines() if answer.returncode == 0 else []
     pairs = (line.rsplit(",", 1) for line in lines if "," in line)

@@ -71,6 +71,8 @@ def parse_settings(words: Sequence[str]) -> dict[str, str]:
         name, sign, value = part.partition("=")
         if not sign or not name:
             raise SaihError(f"--set {part}: write --set NAME=VALUE,NAME=VALUE")
+        if name in settings:
+            raise SaihError(f"--set {part}: {name} is given twice")
         settings[name] = value
     return settings
 

@@ -23,13 +23,13 @@ def load(path: Path, model: type[Model]) -> Model:
     try:
         tree = yaml.compose(text, yaml.SafeLoader)
         value = yaml.safe_load(text)
+        _refuse_double_keys(path, tree)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise SaihError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
     except (ValueError, RecursionError) as error:  # a date that does not exist, a nest without end
         raise SaihError(f"{path}: not valid YAML ({error})") from None
-    _refuse_double_keys(path, tree)
     if not isinstance(value, dict):
         raise SaihError(f"{path}: must be a mapping of keys; valid: {', '.join(keys(model))}")
     try:

@@ -22,7 +22,7 @@ def tables(rows: Rows) -> tuple[pd.DataFrame, pd.DataFrame]:
     for name in [name for name in points if name.startswith("label_")]:
         axis = name.removeprefix("label_")
         points[f"size_{axis}"] = points[name].map(lambda label: float(label) if label.isdigit() else 0.0)
-    points = points.assign(predicted_flop=10.0, predicted_work=1.0)
+    points = points.assign(predicted_flop=10.0, predicted_work=1.0, param_nodes=1, param_gpus=2)
     kept = points[points.pop("measured")] if "measured" in points else points
     return points, kept.drop(columns=[name for name in kept if name.startswith(("size_", "predicted_"))])
 
@@ -238,3 +238,21 @@ def test_a_metric_nobody_planned_has_no_prediction() -> None:
 def test_all_claims_of_a_workload() -> None:
     told = evaluate_all([FASTER, RISES], *tables(variants(0.5, 0.5)), "toy")
     assert [(one["workload"], one["name"]) for one in told] == [("toy", "faster"), ("toy", "rises")]
+
+
+def test_a_series_that_a_repeat_lacks_is_left_out_of_all() -> None:
+    """Else the mean of that repeat would be over other series, and the interval over nothing that was repeated."""
+    rows = [
+        {"label_data": data, "label_variant": variant, "repeat": repeat, "step_s": seconds, "predicted_step_s": 1.0}
+        for repeat in range(3)
+        for data, ratio in (("16", 1.1), ("32", 10.0))
+        for variant, seconds in (("old", 1.0), ("new", ratio))
+    ]
+    whole = judge(FASTER, rows)
+    assert whole["measured"] == pytest.approx((1.1 * 10) ** 0.5)
+    lost = judge(FASTER, rows[:-1])
+    assert lost["measured"] == pytest.approx(1.1)
+    assert lost["pairs"] == 1
+    nothing = judge(FASTER, [row for row in rows if row["label_data"] == "16"][:-1] + rows[-2:])
+    assert nothing["verdict"] == "not-measurable"
+    assert "in every repeat" in nothing["why"]

@@ -248,6 +248,7 @@ AXES = "axes: {data: [32]}\n"
         (AXES + "time_budget: 2024-13-45\n", r"^bad\.yaml: not valid YAML \(month must be in 1\.\.12\)"),
         (AXES + "set: {width: 4\n", r"^bad\.yaml:3: not valid YAML"),
         ("axes: {data: [32]}\n\tset: 3\n", r"^bad\.yaml:2: not valid YAML"),
+        ("axes: &a [*a]\n", r"^bad\.yaml"),
         ("a: &a [*b]\n", r"^bad\.yaml:1: not valid YAML"),
         ("axes: !!python/object/apply:os.getcwd []\n", r"^bad\.yaml:1: not valid YAML"),
         (AXES + AXES, r"^bad\.yaml:2: key axes is given twice"),

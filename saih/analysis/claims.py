@@ -84,10 +84,20 @@ def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.Dat
         return f"no measured pair of {wanted[0]} and {wanted[1]}"
     ratio = pairs[f"{claim.metric}_top"] / pairs[f"{claim.metric}_bottom"]
     predicted = pairs["predicted_top"] / pairs["predicted_bottom"]
-    kept = pairs.assign(ratio=ratio, predicted=predicted)
+    kept = _in_every_repeat(pairs.assign(ratio=ratio, predicted=predicted), rest)
+    if kept.empty:
+        return "no pair was measured in every repeat; run the sweep again for the missing points"
     if set(claim.numerator.values()) == {"last"} and (kept["ratio"] == 1).all():
         return f"only one rung of {', '.join(claim.numerator)} is measured"
     return kept[["repeat", "ratio", "predicted"]]
+
+
+def _in_every_repeat(pairs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """Series that every repeat has: a mean over other series in another repeat would compare unlike things."""
+    if not labels:
+        return pairs
+    repeats = pairs.groupby(list(labels))["repeat"].transform("nunique")
+    return pairs[repeats == pairs["repeat"].nunique()]
 
 
 def _select(table: pd.DataFrame, points: pd.DataFrame, labels: Mapping[str, str]) -> pd.DataFrame:
@@ -109,16 +119,16 @@ def _select(table: pd.DataFrame, points: pd.DataFrame, labels: Mapping[str, str]
 def _prediction(points: pd.DataFrame, table: pd.DataFrame, metric: str) -> pd.Series:
     """The planned value of the metric, up to a factor that cancels in a ratio; NaN where none is planned."""
     planned = points.loc[table.index]
-    if metric == "step_s":
-        return planned["predicted_step_s"]
+    ranks = planned["param_nodes"] * planned["param_gpus"]
     amount = {
-        "percent_of_peak": "predicted_flop",
-        "percent_of_datasheet": "predicted_flop",
-        "work_per_s_per_rank": "predicted_work",
+        "step_s": planned["predicted_step_s"] ** 2,
+        "percent_of_peak": planned["predicted_flop"],
+        "percent_of_datasheet": planned["predicted_flop"],
+        "flop_per_s": planned["predicted_flop"] * ranks,
+        "work_per_s": planned["predicted_work"] * ranks,
+        "work_per_s_per_rank": planned["predicted_work"],
     }
-    if metric not in amount:
-        return pd.Series(np.nan, index=planned.index)
-    return planned[amount[metric]] / planned["predicted_step_s"]
+    return amount[metric] / planned["predicted_step_s"] if metric in amount else planned["predicted_step_s"] * np.nan
 
 
 def _predicted(pairs: pd.DataFrame) -> float | None:

@@ -28,12 +28,11 @@ def scaling(cells: pd.DataFrame) -> pd.DataFrame:
 def _against_base(group: pd.DataFrame) -> pd.DataFrame:
     base = group.loc[group["ranks"].idxmin()]
     speed_up = group["work_per_s"] / base["work_per_s"]
-    spread = (group["step_s_high"] / group["step_s"]).pow(2) * 0
-    for row in (group, base):  # relative half-widths of the two intervals, added as independent errors
-        spread = spread + (row["step_s_high"] / row["step_s"] - 1) ** 2
+    own, other = (row["step_s_high"] / row["step_s"] - 1 for row in (group, base))  # relative half-widths
+    error = speed_up * (own**2 + other**2) ** 0.5  # independent errors; none where a cell is its own base
     return group.assign(
         base_ranks=base["ranks"],
         speed_up=speed_up,
-        speed_up_error=speed_up * spread**0.5,
+        speed_up_error=error.where(group["ranks"] != base["ranks"], 0.0),
         efficiency=speed_up / (group["ranks"] / base["ranks"]),
     )
