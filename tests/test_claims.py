@@ -231,8 +231,8 @@ def test_predictions_follow_the_metric(metric: str, predicted: float) -> None:
 
 
 def test_a_metric_nobody_planned_has_no_prediction() -> None:
-    claim = Claim("c", "t", "flop_per_s", {"variant": "new"}, {"variant": "old"}, 1.0)
-    assert judge(claim, [row | {"flop_per_s": 1.0} for row in variants(0.5, 0.5)])["predicted"] is None
+    claim = Claim("c", "t", "units", {"variant": "new"}, {"variant": "old"}, 1.0)
+    assert judge(claim, [row | {"units": 1.0} for row in variants(0.5, 0.5)])["predicted"] is None
 
 
 def test_all_claims_of_a_workload() -> None:
