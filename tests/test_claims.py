@@ -256,3 +256,16 @@ def test_a_series_that_a_repeat_lacks_is_left_out_of_all() -> None:
     nothing = judge(FASTER, [row for row in rows if row["label_data"] == "16"][:-1] + rows[-2:])
     assert nothing["verdict"] == "not-measurable"
     assert "in every repeat" in nothing["why"]
+
+
+def test_where_the_largest_counts_alone_and_an_axis_that_does_not_vary_is_no_obstacle() -> None:
+    claim = Claim("c", "t", "step_s", {"variant": "new"}, {"variant": "old"}, 1.0, where={"data": "last"})
+    rows = [
+        {"label_data": data, "label_variant": variant, "repeat": repeat, "step_s": seconds, "predicted_step_s": 1.0}
+        for repeat in range(3)
+        for data, ratio in (("16", 1.1), ("32", 10.0))
+        for variant, seconds in (("old", 1.0), ("new", ratio))
+    ]
+    assert judge(claim, rows)["measured"] == pytest.approx(10.0)
+    assert judge(claim, [row for row in rows if row["label_data"] == "16"])["measured"] == pytest.approx(1.1)
+    assert judge(claim, variants(0.5, 0.5))["measured"] == pytest.approx(0.5)

@@ -12,6 +12,8 @@ from saih.analysis.cells import labels_of
 from saih.analysis.intervals import log_mean_interval
 from saih.core import Claim
 
+ENDS = ("first", "last")
+
 
 def evaluate(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> dict[str, Any]:
     """One claim as plain data. `points` is the flat table, `measured` is `per_point` of it.
@@ -61,16 +63,17 @@ def _verdict(claim: Claim, low: float, high: float) -> dict[str, str]:
 def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame | str:
     """Columns repeat, ratio, predicted: one row a pair of points; or why there are none."""
     axes = labels_of(points)
-    named = [*claim.numerator, *claim.denominator, *claim.where]
+    where = {axis: label for axis, label in claim.where.items() if axis in axes or label not in ENDS}
+    named = [*claim.numerator, *claim.denominator, *where]
     missing = sorted({axis for axis in named if axis not in axes})
     if missing:
         return f"axis {', '.join(missing)} does not vary in this sweep"
     usable = measured[np.isfinite(measured[claim.metric])]
     if usable.empty:
         return f"no measured point has {claim.metric}; run saih probe for a measured peak"
-    chosen = _select(usable, points, claim.where)
-    top = _select(chosen, points, claim.numerator)
-    bottom = _select(chosen, points, claim.denominator)
+    chosen = _select(usable, points, where, fewest_rungs=1)
+    top = _select(chosen, points, claim.numerator, fewest_rungs=2)
+    bottom = _select(chosen, points, claim.denominator, fewest_rungs=2)
     rest = [f"label_{axis}" for axis in axes if axis not in claim.numerator]
     columns = [*rest, "repeat", claim.metric]
     top = top[columns].assign(predicted=_prediction(points, top, claim.metric))
@@ -100,19 +103,22 @@ def _in_every_repeat(pairs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame
     return pairs[repeats == pairs["repeat"].nunique()]
 
 
-def _select(table: pd.DataFrame, points: pd.DataFrame, labels: Mapping[str, str]) -> pd.DataFrame:
-    """Rows at these labels; "first" and "last" mean the ends of each series that differs in this axis only."""
+def _select(table: pd.DataFrame, points: pd.DataFrame, labels: Mapping[str, str], fewest_rungs: int) -> pd.DataFrame:
+    """Rows at these labels; "first" and "last" mean the ends of each series that differs in this axis only.
+
+    A series with fewer rungs than `fewest_rungs` has no ends.
+    """
     for axis, label in labels.items():
         column = f"label_{axis}"
-        if label not in ("first", "last"):
+        if label not in ENDS:
             table = table[table[column] == label]
             continue
         size = points.loc[table.index, f"size_{axis}"]
         others = [name for name in table.columns if name.startswith("label_") and name != column]
         grouped = size.groupby([table[name] for name in others] or [pd.Series("", index=table.index)])
         ends = grouped.transform("min" if label == "first" else "max")
-        several = grouped.transform("nunique") > 1
-        table = table[(size == ends) & several]
+        enough = grouped.transform("nunique") >= fewest_rungs
+        table = table[(size == ends) & enough]
     return table
 
 
