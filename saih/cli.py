@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saih.plan import Plan
     from saih.site import Site
 
+WATCH_S = 10.0
 JOBS, RESULTS, REPORTS = Path("jobs"), Path("results"), Path("reports")
 
 
@@ -75,24 +76,45 @@ def sweep(options: argparse.Namespace) -> int:
 
 
 def status(options: argparse.Namespace) -> int:
-    """Show for each sweep, or one, how many points are measured, failed, missing and pruned."""
-    from saih import jobs, schedulers
-    from saih.files import read_json
+    """Show for each sweep, or one with its failures, what is measured, failed, missing and pruned, and what runs."""
+    import time
 
-    folders = (
-        [jobs.find(JOBS, options.sweep)]
-        if options.sweep
-        else [jobs.SweepFolder(path.parent) for path in sorted(JOBS.glob("*/sweep.json"))]
-    )
-    for folder in folders:
-        site = read_json(folder.path / "sweep.json")["site"]
-        running = jobs.live_jobs(folder, schedulers.load(site["scheduler"]))
-        counts = ", ".join(f"{count} {kind}" for kind, count in jobs.status(folder).items() if count)
-        print(
-            f"{folder.path.name}: {counts or 'nothing planned'}" + (f"; {len(running)} job running" if running else "")
-        )
-    if not folders:
-        print("no sweep yet; start one with: saih sweep --axis data,model")
+    from saih import drive, jobs, schedulers, text
+
+    while True:
+        folders = [jobs.find(JOBS, options.sweep)] if options.sweep else jobs.all_sweeps(JOBS)
+        busy = 0
+        for folder in folders:
+            running = drive.live_jobs(folder, schedulers.load(folder.site().scheduler))
+            busy += len(running)
+            print("\n".join(text.status_lines(folder, running, everything=bool(options.sweep))))
+        if not folders:
+            print("no sweep yet; start one with: saih sweep --axis data,model")
+        if not options.watch or not busy:
+            return 0
+        time.sleep(WATCH_S)
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Go on with a sweep as it was planned: follow its jobs, run what is missing, gather it and write the report."""
+    from saih import jobs
+
+    folder = jobs.find(JOBS, options.sweep)
+    _check_folders()
+    with folder.lock():
+        _follow(folder, jobs.load_plan(folder))
+    return _finish(folder, options.mixed)
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """Stop the jobs of a sweep; what is measured stays."""
+    from saih import drive, jobs, schedulers
+
+    folder = jobs.find(JOBS, options.sweep)
+    scheduler = schedulers.load(folder.site().scheduler)
+    running = drive.live_jobs(folder, scheduler)
+    scheduler.cancel(list(running))
+    print(f"{folder.path.name}: {len(running)} job{'' if len(running) == 1 else 's'} cancelled")
     return 0
 
 
@@ -183,18 +205,25 @@ def _plan(asked: Sweep, site: Site, ceilings: dict[str, Any] | None) -> Plan:
 
 def _drive(plan: Plan, options: argparse.Namespace, ceilings: dict[str, Any] | None) -> SweepFolder:
     """Run what is not measured yet, under the sweep's lock."""
-    from rich.console import Console
-
-    from saih import jobs, live
+    from saih import jobs
 
     folder = jobs.SweepFolder(JOBS / plan.name)
     with folder.lock():
         if options.fresh:
             jobs.set_aside(folder)
         folder = jobs.prepare(plan, JOBS, _command(), ceilings)
-        with live.Live(plan, Console(stderr=True)) as view:
-            jobs.run(folder, plan, view)
+        _follow(folder, plan)
     return folder
+
+
+def _follow(folder: SweepFolder, plan: Plan) -> None:
+    """Drive the jobs of a sweep with live progress on the terminal."""
+    from rich.console import Console
+
+    from saih import drive, live
+
+    with live.Live(plan, Console(stderr=True)) as view:
+        drive.run(folder, plan, view)
 
 
 def _finish(folder: SweepFolder, mixed: bool) -> int:
@@ -364,6 +393,14 @@ def _parser() -> argparse.ArgumentParser:
 
     statuses = _verb(verbs, "status", status)
     statuses.add_argument("sweep", nargs="?", metavar="SWEEP")
+    statuses.add_argument("--watch", action="store_true", help="again and again, until no job runs")
+
+    resuming = _verb(verbs, "resume", resume)
+    resuming.add_argument("sweep", metavar="SWEEP")
+    _mixed(resuming)
+
+    cancelling = _verb(verbs, "cancel", cancel)
+    cancelling.add_argument("sweep", metavar="SWEEP")
 
     gathering = _verb(verbs, "gather", gather)
     gathering.add_argument("sweep", metavar="SWEEP")

@@ -252,6 +252,8 @@ class Job:
     nodes: int
     gpus: int
     time_limit_s: float
+    excluded_nodes: tuple[str, ...] = ()
+    """Nodes that failed under these points before."""
 
     @property
     def ranks(self) -> int:

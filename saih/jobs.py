@@ -1,37 +1,33 @@
-"""A plan becomes job folders; jobs are submitted, followed, and settled; what is missing can be run again.
+"""The folder of a sweep: what was asked, the jobs with their scripts, and what became of each point.
 
 jobs/<sweep>/sweep.json              what was asked for, what was planned, what was pruned
 jobs/<sweep>/lock                    held by the one saih that drives the sweep
 jobs/<sweep>/points/<point>/         measurement.json + samples.npz, or failure.json
-jobs/<sweep>/jobs/<number>/          pack.json, job.sh, log.txt, events.jsonl, submitted.json
+jobs/<sweep>/jobs/<number>/          pack.json, job.sh, submitted.json, log.txt, events.jsonl, ended.json
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import re
 import shlex
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from saih import environment, launchers, schedulers
-from saih.core import FORMAT, Job, Point
+from saih.core import FORMAT, Cost, Job, Point, Sweep
 from saih.errors import unknown
 from saih.files import locked, read_json, write_atomic, write_json
-from saih.plan import Forecast, Plan, pack
-from saih.schedulers import Scheduler
+from saih.plan import Forecast, Plan
 from saih.site import GIB, Site
 
-POLL_S = 0.1
 LOG_TAIL_BYTES = 4000
-ENDS = ("measured", "failed")
 
 
 @dataclass(frozen=True)
@@ -55,20 +51,23 @@ class SweepFolder:
     def job_folders(self) -> list[Path]:
         return sorted(path for path in self.jobs.glob("[0-9]*") if (path / "pack.json").exists())
 
+    def site(self) -> Site:
+        """The site it was planned for."""
+        return Site.model_validate(read_json(self.path / "sweep.json")["site"])
+
+    def failures(self) -> list[dict[str, Any]]:
+        """failure.json of every planned point that failed."""
+        planned = read_json(self.path / "sweep.json")["points"]
+        paths = (self.points / Point.from_json(value["point"]).folder / "failure.json" for value in planned)
+        return [read_json(path) for path in paths if path.exists() and not path.with_name("measurement.json").exists()]
+
+    def next_number(self) -> int:
+        """Of a job folder that does not exist yet."""
+        return max((int(path.name) for path in self.jobs.glob("[0-9]*")), default=-1) + 1
+
     def lock(self) -> Any:
         """Held while a saih drives this sweep; SaihError if another one does."""
         return locked(self.path / "lock", f"another saih is running {self.path.name}; wait for it, or see: saih status")
-
-
-@dataclass
-class Progress:
-    """What has happened to each point so far, for whoever watches."""
-
-    waiting: dict[str, Point]
-    measured: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
-    running: Point | None = None
-    job: str = ""
 
 
 def find(root: Path, name: str) -> SweepFolder:
@@ -79,6 +78,24 @@ def find(root: Path, name: str) -> SweepFolder:
             "sweep", name, [folder.name for folder in sorted(root.glob("*")) if (folder / "sweep.json").is_file()]
         )
     return SweepFolder(path)
+
+
+def all_sweeps(root: Path) -> list[SweepFolder]:
+    """Every sweep under `root`."""
+    return [SweepFolder(path.parent) for path in sorted(root.glob("*/sweep.json"))]
+
+
+def load_plan(folder: SweepFolder) -> Plan:
+    """The plan as sweep.json has it: the points to run and the site, without their costs."""
+    told = read_json(folder.path / "sweep.json")
+    kept = [
+        Forecast(
+            Point.from_json(value["point"]), Cost(0.0, 0.0), value["predicted"]["step_s"], value["predicted"]["point_s"]
+        )
+        for value in told["points"]
+    ]
+    asked = Sweep(told["workload"], (), told["overrides"], told["repeat"], told["seed"], told["site"]["name"])
+    return Plan(asked, told["name"], folder.site(), tuple(kept), ())
 
 
 def set_aside(folder: SweepFolder) -> None:
@@ -144,39 +161,23 @@ def write_job(job: Job, folder: SweepFolder, site: Site, version: Mapping[str, A
 def render(job: Job, sweep: str, site: Site) -> str:
     """The job script, from the scheduler's template; all but the user's own set-up lines is quoted."""
     template = schedulers.load(site.scheduler).TEMPLATE
-    words = launchers.command(site.launcher, job, ["-m", "saih.worker", str(Path(job.folder, "pack.json").absolute())])
+    python = [*site.container, site.python or sys.executable]
+    worker = ["-m", "saih.worker", str(Path(job.folder, "pack.json").absolute())]
+    words = launchers.command(site.launcher, job, site.mpi, python, worker)
     variables = {"OMP_NUM_THREADS": str(site.threads_per_rank), "PYTHONPATH": _python_path()} | dict(site.environment)
     return (
         _templates()
         .get_template(template)
-        .render(job=job, sweep=sweep, site=site, folder=str(Path.cwd()), environment=variables, command=words)
+        .render(
+            job=job,
+            sweep=sweep,
+            site=site,
+            folder=str(Path.cwd()),
+            environment=variables,
+            python=sys.executable,
+            command=words,
+        )
     )
-
-
-def run(folder: SweepFolder, plan: Plan, watch: Callable[[Progress], None] = lambda _: None) -> None:
-    """Drive the sweep until every planned point is measured or has failed. Call it with the sweep's lock held.
-
-    Jobs an earlier saih left running are waited for, not started again. A job that dies takes down the point it was
-    at: that point is recorded as failed with the log's tail, and the rest go into a new job.
-    """
-    scheduler = schedulers.load(plan.site.scheduler)
-    version = environment.own_version()
-    progress = Progress({item.point.id: item.point for item in plan.kept})
-    _absorb_measured(folder, progress)
-    live = live_jobs(folder, scheduler)
-    try:
-        while True:
-            _follow(folder, scheduler, live, progress, watch)
-            todo = [item for item in plan.kept if item.point.id not in progress.measured | progress.failed]
-            if not todo:
-                break
-            jobs = pack(todo, plan.site, folder.jobs, first=_next_number(folder))
-            for job in jobs[: scheduler.MAX_QUEUED]:
-                script = write_job(job, folder, plan.site, version)
-                live[_submit(scheduler, job, script)] = Path(job.folder)
-    except KeyboardInterrupt:
-        scheduler.cancel(list(live))
-        raise
 
 
 def status(folder: SweepFolder) -> dict[str, int]:
@@ -197,98 +198,6 @@ def status(folder: SweepFolder) -> dict[str, int]:
     return counts
 
 
-def live_jobs(folder: SweepFolder, scheduler: Scheduler) -> dict[str, Path]:
-    """Jobs of this sweep that have not ended, id -> folder: one question to the scheduler."""
-    homes = {_job_id(home): home for home in folder.job_folders()}
-    states = scheduler.states(list(homes))
-    return {name: home for name, home in homes.items() if states[name].phase != "ended"}
-
-
-def _job_id(home: Path) -> str:
-    """What the scheduler calls the job. The local one calls it by its folder: one killed while submitting is found."""
-    submitted = home / "submitted.json"
-    return str(read_json(submitted)["id"]) if submitted.exists() else str(home)
-
-
-def _submit(scheduler: Scheduler, job: Job, script: Path) -> str:
-    name = scheduler.submit(job, script)
-    write_json(script.parent / "submitted.json", {"format": FORMAT, "id": name, "time": time.time()}, durable=False)
-    return name
-
-
-def _follow(
-    folder: SweepFolder,
-    scheduler: Scheduler,
-    live: dict[str, Path],
-    progress: Progress,
-    watch: Callable[[Progress], None],
-) -> None:
-    """Wait until no job is alive, telling the watcher what the jobs tell; then settle what they left behind."""
-    tails = {home: _events(home / "events.jsonl") for home in live.values()}
-    while live:
-        states = scheduler.states(list(live))
-        for name, home in list(live.items()):
-            for event in next(tails[home]):
-                _note(folder, progress, event)
-            progress.job = str(home)
-            watch(progress)
-            if states[name].phase == "ended":
-                for event in next(tails[home]):
-                    _note(folder, progress, event)
-                _settle(folder, home, progress)
-                watch(progress)
-                del live[name]
-        if live:
-            time.sleep(POLL_S)
-
-
-def _note(folder: SweepFolder, progress: Progress, event: Mapping[str, Any]) -> None:
-    point = progress.waiting.get(event["point"])
-    if point is None:
-        return
-    progress.running = point if event["event"] == "started" else None
-    if event["event"] == "measured" and folder.is_measured(point):
-        progress.measured.add(point.id)
-    if event["event"] == "failed":
-        progress.failed.add(point.id)
-
-
-def _settle(folder: SweepFolder, home: Path, progress: Progress) -> None:
-    """A job has ended: what it measured is done, the point it died at has failed, the rest can be tried again.
-
-    A worker that never came up would not come up for the next point either: then all of its points have failed.
-    """
-    points = [Point.from_json(value) for value in read_json(home / "pack.json")["points"]]
-    progress.measured |= {point.id for point in points if folder.is_measured(point)}
-    left = [point for point in points if point.id in progress.waiting.keys() - progress.measured - progress.failed]
-    started = {event["point"] for event in next(_events(home / "events.jsonl")) if event["event"] == "started"}
-    for point in left:
-        if point.id in started or not started:
-            _record_death(folder, home, point, reached=point.id in started)
-            progress.failed.add(point.id)
-    progress.running = None
-
-
-def _record_death(folder: SweepFolder, home: Path, point: Point, reached: bool) -> None:
-    tail = log_tail(home)
-    signal = re.search(r"Signal (\d+)|exitcode\s*:\s*-(\d+)", tail)
-    number = int(signal[1] or signal[2]) if signal else None
-    how = f"was killed by signal {number}" if number else "ended without a measurement"
-    if number == 9:
-        how += " (out of memory, where nobody sent it)"
-    what = "the worker" if reached else "the job did not reach this point: it"
-    failure = {
-        "format": FORMAT,
-        "point": point.to_json(),
-        "kind": "died" if reached else "not-started",
-        "reason": f"{what} {how}; log: {home / 'log.txt'}",
-        "check": {},
-        "log_tail": tail,
-        "environment": {},
-    }
-    write_json(folder.points / point.folder / "failure.json", failure)
-
-
 def log_tail(home: Path) -> str:
     """The last 4000 bytes of a job's log."""
     log = home / "log.txt"
@@ -297,29 +206,6 @@ def log_tail(home: Path) -> str:
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
         return file.read().decode(errors="replace")
-
-
-def _events(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Each `next` gives the events that were added since the last one; a half-written line waits for its end."""
-    offset = 0
-    while True:
-        fresh = []
-        if path.exists():
-            with open(path, "rb") as file:
-                file.seek(offset)
-                content = file.read()
-            whole = content.rfind(b"\n") + 1
-            fresh = [json.loads(line) for line in content[:whole].splitlines()]
-            offset += whole
-        yield fresh
-
-
-def _absorb_measured(folder: SweepFolder, progress: Progress) -> None:
-    progress.measured |= {point.id for point in progress.waiting.values() if folder.is_measured(point)}
-
-
-def _next_number(folder: SweepFolder) -> int:
-    return max((int(path.name) for path in folder.jobs.glob("[0-9]*")), default=-1) + 1
 
 
 def _planned(item: Forecast) -> dict[str, Any]:

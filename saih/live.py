@@ -8,14 +8,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from saih import jobs
+from saih.drive import Progress as Seen
 from saih.plan import Plan
 
 PLAIN_EVERY_S = 10.0
 
 
 class Live:
-    """Watches `jobs.run`: call it with the progress. The finishing time is the plan's, corrected by what was seen."""
+    """Watches `drive.run`: call it with the progress. The finishing time is the plan's, corrected by what was seen."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
         self._predicted = {item.point.id: item.point_s for item in plan.kept}
@@ -44,7 +44,7 @@ class Live:
     ) -> None:
         self._bar.stop()
 
-    def __call__(self, progress: jobs.Progress) -> None:
+    def __call__(self, progress: Seen) -> None:
         done = progress.measured | progress.failed
         name = " ".join(f"{k}={v}" for k, v in progress.running.labels.items()) if progress.running else ""
         repeat = f" repeat {progress.running.repeat + 1}" if progress.running else ""

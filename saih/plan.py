@@ -151,7 +151,7 @@ def _split(group: Sequence[Forecast], longest_s: float) -> list[list[Forecast]]:
 def _job(batch: Sequence[Forecast], folder: Path, number: int, site: Site) -> Job:
     nodes, gpus = _shape(batch[0])
     name = f"{number:03d}"
-    limit = min(site.job_minutes * 60, 60 + 2 * (LAUNCH_OVERHEAD_S + sum(item.point_s for item in batch)))
+    limit = min(site.job_minutes * 60, 30 + 2 * (LAUNCH_OVERHEAD_S + sum(item.point_s for item in batch)))
     return Job(str(folder / name), name, tuple(item.point for item in batch), nodes, gpus, limit)
 
 

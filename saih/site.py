@@ -23,6 +23,8 @@ GIB = 2**30
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
 Positive = Annotated[float, Field(gt=0)]
+Word = Annotated[str, Field(pattern=r"^\S+$")]
+"""Text for a line of a job script that the scheduler reads: no spaces, no line breaks."""
 
 
 class Peak(BaseModel):
@@ -35,55 +37,71 @@ class Peak(BaseModel):
     source: str = ""
 
 
-class Site(BaseModel):
-    """One machine, as planning and the job scripts see it. A "device" is a GPU, or one CPU rank with its threads."""
+class Submission(BaseModel):
+    """What a batch scheduler is asked for besides nodes, ranks and time."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
-    name: str = Field(pattern=f"^{NAME}$")
+    account: Word | None = None
+    partition: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    reservation: Word | None = None
+    gres: Word | None = None
+    exclusive: bool = False
+    extra: tuple[Word, ...] = ()
+    """Further options, each as the scheduler spells it: "--mail-type=END"."""
+
+
+class Common(BaseModel):
+    """What a site file says and a site keeps as it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
     description: str = ""
-    scheduler: str
-    launcher: str
-    device: Literal["cpu", "cuda"]
-    device_name: str = ""
-    nodes: int = Field(gt=0)
-    gpus_per_node: int = Field(gt=0)
-    threads_per_rank: int = Field(gt=0)
-    node_memory_gib: Positive
-    device_memory_gib: Positive
+    scheduler: str = "local"
+    launcher: str = "torchrun"
+    mpi: Literal["", "pmi2", "pmix"] = ""
+    """How srun introduces ranks to an MPI library; empty leaves it to Slurm's default."""
+    nodes: int = Field(default=1, gt=0)
     job_minutes: Positive = 60.0
+    max_queued: int | None = Field(default=None, gt=0)
     time_budget: str | None = None
     repeat: int = Field(default=1, gt=0)
     data_folder: str = "data"
-    peak: Peak = Peak()
+    submit: Submission = Submission()
+    container: tuple[str, ...] = ()
+    """Words before the worker's command: ["apptainer", "exec", "--nv", "image.sif"]."""
+    python: str = ""
+    """The interpreter of the workers; empty for the one saih runs in."""
     environment: Mapping[str, str] = Field(default_factory=dict)
     setup: tuple[str, ...] = ()
     defaults: Mapping[str, Value] = Field(default_factory=dict)
 
 
-class SiteFile(BaseModel):
+class Site(Common):
+    """One machine, as planning and the job scripts see it. A "device" is a GPU, or one CPU rank with its threads."""
+
+    name: str = Field(pattern=f"^{NAME}$")
+    device: Literal["cpu", "cuda"]
+    device_name: str = ""
+    gpus_per_node: int = Field(gt=0)
+    threads_per_rank: int = Field(gt=0)
+    node_memory_gib: Positive
+    device_memory_gib: Positive
+    peak: Peak = Peak()
+
+
+class SiteFile(Common):
     """The keys of a site file. What is left out is looked up on the machine saih runs on."""
 
-    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-
-    description: str = ""
-    scheduler: str = "local"
-    launcher: str = "torchrun"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     device_name: str | None = None
-    nodes: int = Field(default=1, gt=0)
     gpus_per_node: int | None = Field(default=None, gt=0)
     threads_per_rank: int | None = Field(default=None, gt=0)
     node_memory_gib: Positive | None = None
     device_memory_gib: Positive | None = None
-    job_minutes: Positive = 60.0
-    time_budget: str | None = None
-    repeat: int = Field(default=1, gt=0)
-    data_folder: str = "data"
     peak: Peak | None = None
-    environment: dict[str, str] = Field(default_factory=dict)
-    setup: list[str] = Field(default_factory=list)
-    defaults: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
 
 def names() -> list[str]:
@@ -115,11 +133,7 @@ def load(name: str) -> Site:
         node_memory_gib=memory_gib,
         device_memory_gib=file.device_memory_gib or (gpus[0][1] / GIB if device == "cuda" else memory_gib / per_node),
         peak=file.peak or (catalogue_peak(part) if device == "cuda" else nominal_cpu_peak(threads)),
-        setup=tuple(file.setup),
-        **file.model_dump(
-            include={"description", "scheduler", "launcher", "nodes", "job_minutes", "time_budget", "repeat"}
-            | {"data_folder", "environment", "defaults"}
-        ),
+        **{key: getattr(file, key) for key in Common.model_fields},
     )
 
 

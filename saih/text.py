@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from saih.core import Point
+from saih.jobs import SweepFolder, status
 from saih.plan import Plan
+from saih.schedulers import State
 
 PRUNED_SHOWN = 20
+LOG_LINES = 3
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
 
 
@@ -47,6 +51,19 @@ def plan_lines(plan: Plan, everything: bool) -> list[str]:
     lines += [f"  pruned {labels(item.forecast.point):21} {item.kind}: {item.reason}" for item in shown]
     if len(shown) < len(pruned):
         lines.append(f"  ... and {len(pruned) - len(shown)} more pruned cells; --dry-run lists them")
+    return lines
+
+
+def status_lines(folder: SweepFolder, running: Mapping[str, State], everything: bool) -> list[str]:
+    """What the files and the scheduler say of a sweep; with `everything`, each failure with its reason."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in status(folder).items() if count)
+    words = Counter(state.detail or state.phase for state in running.values())
+    alive = "; jobs: " + ", ".join(f"{count} {word}" for word, count in sorted(words.items())) if words else ""
+    lines = [f"{folder.path.name}: {counts or 'nothing planned'}{alive}"]
+    for failure in folder.failures() if everything else []:
+        rungs = labels(Point.from_json(failure["point"]))
+        lines.append(f"  {rungs} repeat {failure['point']['repeat'] + 1}: {failure['kind']}: {failure['reason']}")
+        lines += [f"    | {line}" for line in failure["log_tail"].splitlines()[-LOG_LINES:]]
     return lines
 
 

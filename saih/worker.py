@@ -240,7 +240,8 @@ def _process_group(place: Place, device: str) -> Iterator[None]:
     if place.world == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world)
     yield
     dist.destroy_process_group()
 

@@ -3,9 +3,12 @@
 A scheduler module defines
 
 - `TEMPLATE`: file name of its job script's Jinja2 template in saih/templates, or in ./templates to override it;
-- `MAX_QUEUED`: how many jobs of one sweep it is handed at a time;
-- `submit(job, script) -> str`: hand the script in; returns an id;
-- `states(ids) -> dict[str, State]`: the state of many ids in one call; an id it does not know is "ended";
+- `MAX_QUEUED`: how many jobs of one sweep it is handed at a time, where the site does not say;
+- `SHORTEST_PAUSE_S`, `LONGEST_PAUSE_S`: between two questions for states; the pause grows while nothing changes;
+- `CANCEL_ON_INTERRUPT`: whether Ctrl-C stops the jobs too, or leaves them to run;
+- `submit(script) -> str`: hand the script in; returns an id;
+- `find(home) -> str | None`: the id of a job folder's job where nobody wrote it down, if it was submitted;
+- `states(ids) -> dict[str, State]`: the state of many ids in one call; an id nobody knows any more is "ended";
 - `cancel(ids)`: stop them.
 """
 
@@ -18,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
-from saih.core import Job
 from saih.errors import unknown
+
+Cause = Literal["", "preempted", "node-fail", "boot-fail", "timeout", "out-of-memory", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,11 @@ class State:
     """What a scheduler says of a job. "ended" says nothing about success: a point is done when it is measured."""
 
     phase: Literal["queued", "running", "ended"]
+    cause: Cause = ""
+    """Why it ended, where the scheduler blames itself, a node, a limit or a person; empty for the job's own doing."""
     detail: str = ""
+    """The scheduler's own word, for people."""
+    nodes: tuple[str, ...] = ()
 
 
 class Scheduler(Protocol):
@@ -35,12 +43,22 @@ class Scheduler(Protocol):
 
     TEMPLATE: str
     MAX_QUEUED: int
+    SHORTEST_PAUSE_S: float
+    LONGEST_PAUSE_S: float
+    CANCEL_ON_INTERRUPT: bool
 
-    def submit(self, job: Job, script: Path) -> str: ...
+    def submit(self, script: Path) -> str: ...
+
+    def find(self, home: Path) -> str | None: ...
 
     def states(self, ids: Sequence[str]) -> dict[str, State]: ...
 
     def cancel(self, ids: Sequence[str]) -> None: ...
+
+
+def job_name(home: Path) -> str:
+    """What a job is called in the queue: "saih-<sweep>-<number>", from its folder jobs/<sweep>/jobs/<number>."""
+    return f"saih-{home.parent.parent.name}-{home.name}"
 
 
 def names() -> list[str]:

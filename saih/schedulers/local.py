@@ -15,15 +15,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from saih.core import Job
 from saih.schedulers import State
 
 TEMPLATE = "local.sh.j2"
 MAX_QUEUED = 1
+SHORTEST_PAUSE_S = LONGEST_PAUSE_S = 0.1
+CANCEL_ON_INTERRUPT = True
 GRACE_S = 10.0
 
 
-def submit(job: Job, script: Path) -> str:
+def submit(script: Path) -> str:
     """Start the script in a session of its own, its output in log.txt."""
     folder = script.parent
     with open(folder / "running", "a") as lock, open(folder / "log.txt", "ab") as log:
@@ -38,6 +39,11 @@ def submit(job: Job, script: Path) -> str:
         )
     (folder / "pid").write_text(str(child.pid))
     return str(folder)
+
+
+def find(home: Path) -> str | None:
+    """A job's id is its folder."""
+    return str(home)
 
 
 def states(ids: Sequence[str]) -> dict[str, State]:

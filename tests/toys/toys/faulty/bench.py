@@ -19,6 +19,8 @@ class Faulty:
     def __init__(self, point: Point, context: Context) -> None:
         self.fault = "none" if "FAULTY_HEALED" in os.environ else str(point.params["fault"])
         self.step_s = float(point.params["step_ms"]) / 1e3  # type: ignore[arg-type]
+        if self.fault == "slow":
+            self.step_s = float(point.params["slow_s"])  # type: ignore[arg-type]
         self.amount = int(point.params["amount"])
         self.last_rank = context.place.rank == context.place.world - 1
 

@@ -7,12 +7,13 @@ from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
 TITLE = "Faulty: points that fail on purpose"
 PAPER = "none"
 WORK_UNIT = "calls"
-FAULTS = ("none", "error", "error-on-last-rank", "out-of-memory", "check-failed", "killed", "exit")
+FAULTS = ("none", "error", "error-on-last-rank", "out-of-memory", "check-failed", "killed", "exit", "slow")
 
 PARAMETERS = (
     Parameter("fault", "none", "", "what goes wrong", choices=FAULTS),
     Parameter("amount", 1, "", "tells points apart"),
     Parameter("step_ms", 1.0, "ms", "how long a step takes"),
+    Parameter("slow_s", 75.0, "s", "how long a step takes that was not predicted to"),
 )
 AXES = (Axis("size", "", tuple(Rung(str(n), {"amount": n}, n) for n in range(1, 9))),)
 CLAIMS: tuple[Claim, ...] = ()

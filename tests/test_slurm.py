@@ -1,0 +1,258 @@
+"""Against a real Slurm of four simulated nodes: whatever happens there, every point ends measured once or explained."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from saih import store
+from saih.files import read_json
+from saih.schedulers import State, slurm
+from tests.cluster.slurm import PROGRAMS, Cluster, cluster, missing_programs
+
+TOYS = Path(__file__).parent / "toys"
+QUICK = "--set=seconds=0,steps=3,warmup=1"
+
+
+@pytest.fixture(scope="module")
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    absent = missing_programs()
+    if absent and os.environ.get("CI") == "true":
+        pytest.fail(f"{', '.join(absent)} not installed, and CI must not skip these tests")
+    if absent:
+        pytest.skip(f"Slurm is not installed: {', '.join(absent)} of {', '.join(PROGRAMS)} missing")
+    with cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+class LoginNode:
+    """A folder on the cluster's "shared file system", and saih as a person runs it there."""
+
+    def __init__(self, folder: Path, running: Cluster) -> None:
+        self.folder, self.cluster = folder, running
+        (folder / "sites").mkdir(parents=True)
+        for launcher in ("srun", "torchrun", "mpiexec"):
+            (folder / "sites" / f"{launcher}.yaml").write_text(running.site(launcher))
+        self.path = os.environ["PATH"]
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        paths = os.pathsep.join([str(TOYS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        return subprocess.Popen(
+            [sys.executable, "-m", "saih.cli", *words],
+            cwd=self.folder,
+            env=os.environ | self.cluster.environment | {"PYTHONPATH": paths, "PATH": self.path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def saih(self, *words: str, status: int = 0) -> str:
+        process = self.start(*words)
+        output, _ = process.communicate(timeout=280)
+        assert process.returncode == status, output
+        return output
+
+    def results(self) -> Path:
+        (path,) = self.folder.glob("results/*.h5")
+        return path
+
+
+@pytest.fixture
+def login(tmp_path: Path, slurm_cluster: Cluster) -> LoginNode:
+    return LoginNode(tmp_path / "home", slurm_cluster)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "mpiexec"])
+def test_every_launcher_gives_the_same_measurements(launcher: str, login: LoginNode) -> None:
+    sweep = ["sweep", "faulty", "--no-probe", "--axis=size=1,2", "--axis=nodes=1,2", "--set=gpus=2", QUICK]
+    assert "4 measured" in login.saih(*sweep, f"--site={launcher}")
+    points = store.load(login.results())
+    assert sorted(points["ranks"]) == [2, 2, 4, 4]
+    assert set(zip(points["label_size"], points["label_nodes"], strict=True)) == {
+        (size, nodes) for size in "12" for nodes in "12"
+    }
+    samples = store.load_samples(login.results())
+    assert set(samples[samples["point"] == points["ranks"].idxmax()]["rank"]) == {0, 1, 2, 3}
+
+
+def test_cosmoflow_scales_over_nodes_to_the_report(login: LoginNode) -> None:
+    axes = ["--axis=data=16", "--axis=model=w4", "--axis=nodes=1,2,4"]
+    output = login.saih("sweep", "cosmoflow", "--no-probe", "--site=srun", "--repeat=1", *axes, "--set=gpus=2", QUICK)
+    assert "3 measured" in output
+    points = store.load(login.results())
+    assert points.set_index("label_nodes")["ranks"].to_dict() == {"1": 2, "2": 4, "4": 8}
+    assert (points["check_gradient_error"] < 1e-4).all()
+    (page,) = login.folder.glob("reports/*.html")
+    assert "efficiency" in page.read_text()
+
+
+def test_a_sweep_is_a_handful_of_polite_calls(
+    login: LoginNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = spy_on_slurm(login, tmp_path)
+    sizes = ",".join(str(n) for n in range(200))
+    began = time.monotonic()
+    output = login.saih("sweep", "faulty", "--no-probe", "--site=srun", f"--axis=amount={sizes}", QUICK)
+    took_s = time.monotonic() - began
+    assert "200 measured" in output
+    made = calls.read_text().split()
+    assert len(made) < 30
+    events = next(login.folder.glob("jobs/*/jobs/000/events.jsonl"))
+    told = [float(line.split('"time": ')[1].rstrip("}")) for line in events.read_text().splitlines()]
+    with capsys.disabled():
+        print(
+            f"\n200 points: {len(made)} calls of Slurm, {took_s / (told[-1] - told[0]):.1f}x the time of the points alone"
+        )
+
+
+def spy_on_slurm(login: LoginNode, folder: Path) -> Path:
+    """Wrappers first on the PATH of saih that note each call."""
+    wrappers, calls = folder / "wrappers", folder / "calls"
+    wrappers.mkdir()
+    for name in ("sbatch", "squeue", "sacct", "scontrol", "scancel"):
+        real = subprocess.run(["which", name], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S607
+        (wrappers / name).write_text(f'#!/bin/sh\necho {name} >>"{calls}"\nexec {real} "$@"\n')
+        (wrappers / name).chmod(0o755)
+    login.path = f"{wrappers}:{login.path}"
+    return calls
+
+
+def test_hostile_folder_names_and_verbatim_set_up_lines(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    login = LoginNode(tmp_path / 'it\'s a "$HOME" %j\nfolder', slurm_cluster)
+    site = login.folder / "sites" / "srun.yaml"
+    line = "export MARK='a  b' # $(touch not-executed-by-saih) \"quoted\""
+    site.write_text(site.read_text() + yaml.safe_dump({"setup": [line]}, width=1000))
+    assert "1 measured" in login.saih(
+        "sweep", "faulty", "--no-probe", "--site=srun", "--axis=size=1", QUICK, "--repeat=1"
+    )
+    (script,) = login.folder.glob("jobs/*/jobs/*/job.sh")
+    assert line in script.read_text().splitlines()
+    assert not list(login.folder.rglob("not-executed-by-saih"))
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"{what} did not happen in {seconds:.0f} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.timeout(600)
+def test_whatever_happens_every_point_is_measured_once_or_explained(
+    login: LoginNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One slurmd killed, one job requeued, one cancelled, one past its time limit, slurmctld restarted, saih killed."""
+    site = login.folder / "sites" / "srun.yaml"
+    site.write_text(site.read_text() + "job_minutes: 2\n")
+    sweep = [
+        "sweep",
+        "faulty",
+        "--no-probe",
+        "--site=srun",
+        "--repeat=1",
+        "--axis=amount=" + ",".join(map(str, range(48))),
+    ]
+    sweep.append("--set=step_ms=700,seconds=0,steps=3,warmup=1")
+    slow = ["sweep", "faulty", "--no-probe", "--site=srun", "--repeat=1", "--axis=fault=slow"]
+    slow.append("--set=slow_s=75,seconds=0,steps=1,warmup=0")
+    cluster_ = login.cluster
+
+    timed_out = login.start(*slow)
+    driver = login.start(*sweep)
+    wait_until(
+        lambda: len(jobs_of(login, "amount", "RUNNING")) >= 3 and len(measured(login, "amount")) >= 3, "three jobs"
+    )
+    running = jobs_of(login, "amount", "RUNNING")
+    first, second, third = sorted(running)[:3]
+    faults = []
+    cluster_.kill_node(running[first])
+    faults.append("slurmd killed")
+    cluster_.run("scontrol", "requeue", second)
+    cluster_.run("scontrol", "update", f"JobId={second}", "StartTime=now")
+    faults.append("job requeued")
+    cluster_.run("scancel", third)
+    faults.append("job cancelled")
+    driver.kill()
+    driver.wait()
+    faults.append("saih killed")
+    cluster_.restart_controller()
+    faults.append("slurmctld restarted")
+    before = measured(login, "amount")
+
+    driver = login.start(*sweep)
+    wait_until(lambda: "down" in cluster_.run("sinfo", "-h", "-o", "%t") or driver.poll() is not None, "node down", 90)
+    output, _ = driver.communicate(timeout=280)
+    assert driver.returncode in (0, 1), output
+    late, _ = timed_out.communicate(timeout=280)
+    assert timed_out.returncode == 0, late
+    faults.append("time limit exceeded")
+
+    after = measured(login, "amount")
+    assert {name: after[name] for name in before} == before
+    (results,) = login.folder.glob("results/faulty-amount-*.h5")
+    points = store.load(results)
+    assert len(points) == points["id"].nunique() == 48
+    assert set(points["status"]) <= {"measured", "failed"}
+    with capsys.disabled():
+        print(f"\nsurvived {len(faults)} faults: {', '.join(faults)}; {dict(points['kind'].value_counts())}")
+    (slow_results,) = login.folder.glob("results/faulty-fault-*.h5")
+    assert (store.load(slow_results)["status"] == "measured").all()
+    ends = [read_json(path)["cause"] for path in login.folder.glob("jobs/faulty-fault-*/jobs/*/ended.json")]
+    assert ends.count("timeout") == 1
+
+
+def measured(login: LoginNode, axis: str) -> dict[str, int]:
+    paths = login.folder.glob(f"jobs/faulty-{axis}-*/points/*/measurement.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in paths}
+
+
+def jobs_of(login: LoginNode, axis: str, state: str) -> dict[str, str]:
+    """Job number -> node of the jobs of a sweep in this state."""
+    lines = login.cluster.run("squeue", "-h", f"--states={state}", "--format=%A %N %j").splitlines()
+    found = [line.split() for line in lines if f"saih-faulty-{axis}-" in line]
+    return {fields[0]: fields[1] for fields in found if len(fields) == 3}
+
+
+@pytest.mark.parametrize(
+    ("word", "state"),
+    [
+        ("PENDING", State("queued", detail="PENDING")),
+        ("REQUEUED", State("queued", detail="REQUEUED")),
+        ("RUNNING", State("running", detail="RUNNING", nodes=("n1", "n2"))),
+        ("COMPLETING", State("running", detail="COMPLETING", nodes=("n1", "n2"))),
+        ("COMPLETED", State("ended", detail="COMPLETED", nodes=("n1", "n2"))),
+        ("FAILED", State("ended", detail="FAILED", nodes=("n1", "n2"))),
+        ("CANCELLED by 1000", State("ended", "cancelled", "CANCELLED", ("n1", "n2"))),
+        ("CANCELLED+", State("ended", "cancelled", "CANCELLED", ("n1", "n2"))),
+        ("PREEMPTED", State("ended", "preempted", "PREEMPTED", ("n1", "n2"))),
+        ("NODE_FAIL", State("ended", "node-fail", "NODE_FAIL", ("n1", "n2"))),
+        ("BOOT_FAIL", State("ended", "boot-fail", "BOOT_FAIL", ("n1", "n2"))),
+        ("TIMEOUT", State("ended", "timeout", "TIMEOUT", ("n1", "n2"))),
+        ("OUT_OF_MEMORY", State("ended", "out-of-memory", "OUT_OF_MEMORY", ("n1", "n2"))),
+    ],
+)
+def test_slurms_words_become_states(word: str, state: State) -> None:
+    assert slurm.state_of(word, "n[1-2]") == state
+
+
+@pytest.mark.parametrize(
+    ("nodes", "names"),
+    [
+        ("", ()),
+        ("(null)", ()),
+        ("None assigned", ()),
+        ("n1", ("n1",)),
+        ("n[1-3]", ("n1", "n2", "n3")),
+        ("n[08-11,15],gpu-7", ("n08", "n09", "n10", "n11", "n15", "gpu-7")),
+        ("r1n[1-2],r2n[1,3]", ("r1n1", "r1n2", "r2n1", "r2n3")),
+    ],
+)
+def test_node_lists_expand(nodes: str, names: tuple[str, ...]) -> None:
+    assert slurm.expand(nodes) == names
