@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: help sweep test lint bench system-packages clean
+.PHONY: help sweep test lint bench cluster system-packages clean
 
 help:
 	@echo "make sweep   install into $(VENV), run the main job, print where the report is"
 	@echo "make test    install, then linters, types and all tests"
 	@echo "make bench   print the speed of saih itself"
+	@echo "make cluster start a simulated Slurm cluster on this machine and write sites/cluster.yaml; Ctrl-C stops it"
 	@echo "make clean   remove $(VENV) and caches; jobs, results and reports stay"
 
 sweep: $(VENV)/.installed
@@ -26,24 +28,30 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.benchmarks
 
+cluster: $(VENV)/.installed
+	$(BIN)/python -m tests.cluster.slurm cluster
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "saih needs Python 3.11 or later; say which with: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 		{ echo "this Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP) --editable '.[mpi]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[mpi,test]'
 	@touch $@
 
-# What tests want from Debian: taken where it can be, else the tests that need it skip (and fail under CI=true).
+# What tests want from Debian: taken where it can be (as root), else the tests that need it skip, and fail under CI=true.
+DEBIAN := chromium hdf5-tools slurmctld slurmd slurm-client munge
 system-packages:
-	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && ! { command -v chromium && command -v h5dump; } >/dev/null; then \
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
+		! { command -v chromium && command -v h5dump && command -v slurmctld && command -v munged; } >/dev/null; then \
+		echo "installing for the tests: $(DEBIAN)"; \
 		apt-get update -qq && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium hdf5-tools >/dev/null; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; \
 	fi
 
 clean:

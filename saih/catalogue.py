@@ -16,9 +16,33 @@ def names() -> list[str]:
     return list(workload.packages())
 
 
+def overview(site: Site, ceilings: dict[str, float] | None) -> list[dict[str, Any]]:
+    """Every workload as `describe` tells it; one that is broken as its name and `error`."""
+    told = []
+    for name in names():
+        try:
+            told.append(describe(name, site, ceilings))
+        except SaihError as error:
+            told.append({"name": name, "error": str(error)})
+    return told
+
+
 def describe(name: str, site: Site, ceilings: dict[str, float] | None) -> dict[str, Any]:
-    """A workload as plain data; each rung with its cost while everything else is at its default."""
+    """A workload as plain data; each rung with its cost while everything else is at its default.
+
+    Raises SaihError for a workload that does not exist, cannot be imported, or whose spec cannot be worked with.
+    """
     spec = workload.spec(name)
+    try:
+        return _describe(name, spec, site, ceilings)
+    except SaihError:
+        raise
+    except Exception as error:  # whatever a spec does wrong, the others can still be listed
+        file = getattr(spec, "__file__", name)
+        raise SaihError(f"workload {name}: {file}: its spec is broken ({type(error).__name__}: {error})") from error
+
+
+def _describe(name: str, spec: workload.Spec, site: Site, ceilings: dict[str, float] | None) -> dict[str, Any]:
     known = workload.parameters(spec)
     defaults = {key: parameter.default for key, parameter in known.items()}
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,16 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return int(options.verb(options))
+        status = int(options.verb(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read along, like `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        return 128 + signal.SIGPIPE
     except SaihError as error:
         print(f"saih: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(
-            f"saih: {place}{error.strerror or error}; what was finished is kept, run the same command again",
-            file=sys.stderr,
-        )
+        goes_on = options.verb in (sweep, resume, probe)
+        again = "; what was finished is kept, run the same command again" if goes_on else ""
+        print(f"saih: {' '.join(f'{place}{error.strerror or error}{again}'.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("saih: stopped; what was measured is kept, the same command goes on with the rest", file=sys.stderr)
@@ -48,8 +53,8 @@ def list_(options: argparse.Namespace) -> int:
     from saih import catalogue, text
 
     site = _site(options.site)
-    names = [options.workload] if options.workload else catalogue.names()
-    told = [catalogue.describe(name, site, _stored_rates(site)) for name in names]
+    rates = _stored_rates(site)
+    told = [catalogue.describe(options.workload, site, rates)] if options.workload else catalogue.overview(site, rates)
     if options.json:
         import json
 
@@ -57,7 +62,7 @@ def list_(options: argparse.Namespace) -> int:
     elif options.workload:
         print("\n".join(text.workload_lines(told[0], site.name)))
     else:
-        print("\n".join(f"{one['name']:14}{one['title']}" for one in told))
+        print("\n".join(f"{one['name']:14}{one.get('title') or 'BROKEN: ' + one['error']}" for one in told))
         print("\nsaih list WORKLOAD shows its axes, rungs and what each rung costs")
     return 0
 
@@ -65,13 +70,16 @@ def list_(options: argparse.Namespace) -> int:
 def sweep(options: argparse.Namespace) -> int:
     """Plan a grid of points, run what fits and is not measured yet, gather it and write the report."""
     site, asked = _asked(options)
+    ceilings = None
     _check_folders()
-    ceilings = _ceilings(site, options)
-    plan = _plan(asked, site, ceilings)
+    plan = _plan(asked, site, None, options.fresh)
+    if plan.kept:  # else there is no point in measuring ceilings first
+        ceilings = _ceilings(site, options)
+        plan = _plan(asked, site, ceilings, options.fresh)
     if options.dry_run:
         return _dry_run(plan)
     _print_plan(plan)
-    folder = _drive(plan, options, ceilings)
+    folder = _drive(plan, options, ceilings, ["saih", *sys.argv[1:]])
     return _finish(folder, options.mixed)
 
 
@@ -85,9 +93,15 @@ def status(options: argparse.Namespace) -> int:
         folders = [jobs.find(JOBS, options.sweep)] if options.sweep else jobs.all_sweeps(JOBS)
         busy = 0
         for folder in folders:
-            running = drive.live_jobs(folder, schedulers.load(folder.site().scheduler))
+            try:
+                running = drive.live_jobs(folder, schedulers.load(folder.site().scheduler))
+                lines = text.status_lines(folder, running, everything=bool(options.sweep))
+            except SaihError as error:  # of one sweep; the others have a state all the same
+                if options.sweep:
+                    raise
+                running, lines = {}, [f"{folder.path.name}: {' '.join(str(error).split())}"]
             busy += len(running)
-            print("\n".join(text.status_lines(folder, running, everything=bool(options.sweep))))
+            print("\n".join(lines))
         if not folders:
             print("no sweep yet; start one with: saih sweep --axis data,model")
         if not options.watch or not busy:
@@ -193,25 +207,37 @@ def _asked(options: argparse.Namespace) -> tuple[Site, Sweep]:
     return site, asked
 
 
-def _plan(asked: Sweep, site: Site, ceilings: dict[str, Any] | None) -> Plan:
+def _plan(asked: Sweep, site: Site, ceilings: dict[str, Any] | None, fresh: bool) -> Plan:
+    """What to run: the grid asked for, and what an earlier, larger request has measured of it already."""
+    from dataclasses import replace
+
+    from saih import jobs
     from saih import plan as planning
     from saih import sweep as language
 
     grid = language.points(asked, site.defaults)
     name = language.sweep_name(asked, grid)
+    folder = jobs.SweepFolder(JOBS / name)
+    done: set[str] = set()
+    if not fresh:
+        grid = language.points(replace(asked, repeat=max(asked.repeat, folder.most_repeats())), site.defaults)
+        done = {point.id for point in grid if folder.is_measured(point)}
+        grid = [point for point in grid if point.repeat < asked.repeat or point.id in done]
     rates = ceilings["rates"] if ceilings else None
-    return planning.make_plan(asked, name, grid, site, rates, Path(site.data_folder))
+    return planning.make_plan(asked, name, grid, site, rates, Path(site.data_folder), done)
 
 
-def _drive(plan: Plan, options: argparse.Namespace, ceilings: dict[str, Any] | None) -> SweepFolder:
+def _drive(plan: Plan, options: argparse.Namespace, ceilings: dict[str, Any] | None, command: list[str]) -> SweepFolder:
     """Run what is not measured yet, under the sweep's lock."""
-    from saih import jobs
+    from saih import environment, jobs
 
     folder = jobs.SweepFolder(JOBS / plan.name)
     with folder.lock():
         if options.fresh:
             jobs.set_aside(folder)
-        folder = jobs.prepare(plan, JOBS, _command(), ceilings)
+        if not options.mixed:
+            jobs.refuse_other_code(folder, plan, environment.own_version()["source"])
+        folder = jobs.prepare(plan, JOBS, command, ceilings)
         _follow(folder, plan)
     return folder
 
@@ -267,10 +293,15 @@ def _probe(site: Site, options: argparse.Namespace) -> tuple[Path, Path]:
     from saih.analysis.ceilings import find_ceilings
 
     asked = language.make_sweep(
-        probing.WORKLOAD, probing.AXES, probing.SETTINGS, repeat=1, site=site.name, time_budget_s=probing.TIME_BUDGET_S
+        probing.WORKLOAD,
+        probing.AXES,
+        probing.SETTINGS,
+        repeat=probing.REPEAT,
+        site=site.name,
+        time_budget_s=probing.TIME_BUDGET_S,
     )
-    plan = _plan(asked, site, None)
-    folder = _drive(plan, options, None)
+    plan = _plan(asked, site, None, fresh=True)
+    folder = _drive(plan, options, None, ["saih", "probe", "--site", site.name])
     results = store.gather(folder, RESULTS, options.mixed)
     points, samples = store.load(results), store.load_samples(results)
     table = cells.per_cell(points, cells.job_steps(points, samples), points.attrs["sweep"])
@@ -338,10 +369,6 @@ def _print_plan(plan: Plan, everything: bool = False) -> None:
     print("\n".join(text.plan_lines(plan, everything)))
     if not plan.kept:
         raise SaihError("no point of this sweep fits; the lines above say why")
-
-
-def _command() -> list[str]:
-    return ["saih", *sys.argv[1:]]
 
 
 def _interrupt(number: int, frame: object) -> None:

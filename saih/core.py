@@ -153,10 +153,12 @@ class Cost:
     input_bytes: float = 0.0
     message_bytes: float = 0.0
     """Bytes handed to collectives."""
+    data_set: str = ""
+    """Name of the files the point needs, shared by all ranks and by all points that name the same."""
     disk_bytes: float = 0.0
-    """Files the point needs, shared by all ranks."""
+    """Their size."""
     setup_s: float = 0.0
-    """Seconds to make those files where they do not exist yet."""
+    """Seconds to make them."""
     check_steps: float = 0.0
     """What the correctness check costs, in steps."""
 

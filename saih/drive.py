@@ -12,8 +12,8 @@ from typing import Any
 
 from saih import environment, schedulers
 from saih.core import FORMAT, Job, Point
-from saih.files import read_json, write_json
-from saih.jobs import SweepFolder, log_tail, write_job
+from saih.files import blamed_on, read_record, write_json
+from saih.jobs import ENDED_KEYS, PACK_KEYS, SUBMITTED_KEYS, SweepFolder, log_tail, write_job
 from saih.plan import Plan, pack
 from saih.schedulers import Scheduler, State
 
@@ -48,7 +48,7 @@ class LiveJob:
 
     @classmethod
     def of(cls, home: Path) -> LiveJob:
-        points = tuple(Point.from_json(value) for value in read_json(home / "pack.json")["points"])
+        points = tuple(_points_of(home))
         return cls(home, points, read_events(home / "events.jsonl"))
 
 
@@ -208,13 +208,15 @@ class Drive:
         return None
 
     def _record(self, home: Path, point: Point, kind: str, reason: str) -> None:
+        tail = log_tail(home)
+        last = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), "it says nothing")
         failure = {
             "format": FORMAT,
             "point": point.to_json(),
             "kind": kind,
-            "reason": f"{reason}; log: {home / 'log.txt'}",
+            "reason": f"{reason}; log {home / 'log.txt'} ends: {last[:200]}",
             "check": {},
-            "log_tail": log_tail(home),
+            "log_tail": tail,
             "environment": {},
         }
         write_json(self.folder.points / point.folder / "failure.json", failure)
@@ -225,6 +227,8 @@ def _death(home: Path, state: State, words: str) -> tuple[str, str]:
     tail = log_tail(home)
     if state.cause == "out-of-memory" or OUT_OF_MEMORY_WORDS.search(tail):
         return "out-of-memory", f"{words}; the node ran out of memory"
+    if "timeout: sending signal" in tail:  # what local jobs run under
+        return "timeout", f"{words}; it was past the site's longest job"
     signal = re.search(r"Signal (\d+)|exitcode\s*:\s*-(\d+)", tail)
     if signal is None:
         return "died", f"{words}; the worker ended without a measurement"
@@ -241,7 +245,11 @@ def _job_ids(folder: SweepFolder, scheduler: Scheduler) -> dict[Path, str]:
     ids = {}
     for home in folder.job_folders():
         submitted = home / "submitted.json"
-        ids[home] = str(read_json(submitted)["id"]) if submitted.exists() else scheduler.find(home) or ""
+        ids[home] = (
+            str(read_record(submitted, FORMAT, SUBMITTED_KEYS)["id"])
+            if submitted.exists()
+            else scheduler.find(home) or ""
+        )
     return ids
 
 
@@ -254,20 +262,32 @@ def _note_end(home: Path, state: State) -> None:
 
 def _ends(folder: SweepFolder) -> dict[Path, dict[str, Any]]:
     """How each ended job of the sweep ended."""
-    return {home: read_json(home / "ended.json") for home in folder.job_folders() if (home / "ended.json").exists()}
+    ended = (home / "ended.json" for home in folder.job_folders())
+    return {path.parent: read_record(path, FORMAT, ENDED_KEYS) for path in ended if path.exists()}
+
+
+def _points_of(home: Path) -> list[Point]:
+    """The points of a job, as its pack.json has them."""
+    path = home / "pack.json"
+    pack = read_record(path, FORMAT, PACK_KEYS)
+    with blamed_on(path):
+        return [Point.from_json(value) for value in pack["points"]]
 
 
 def _shares_points(home: Path, job: Job) -> bool:
     ids = {point.id for point in job.points}
-    return any(value["id"] in ids for value in read_json(home / "pack.json")["points"])
+    return any(each.id in ids for each in _points_of(home))
 
 
 def _has_point(home: Path, point: Point) -> bool:
-    return any(value["id"] == point.id for value in read_json(home / "pack.json")["points"])
+    return any(each.id == point.id for each in _points_of(home))
 
 
 def read_events(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Each `next` gives the events that were added since the last one; a half-written line waits for its end."""
+    """Each `next` gives the events that were added since the last one; a half-written line waits for its end.
+
+    A line that is no event, as a full disk leaves it, is skipped: the measurement files say what is done.
+    """
     offset = 0
     while True:
         fresh = []
@@ -276,6 +296,16 @@ def read_events(path: Path) -> Iterator[list[dict[str, Any]]]:
                 file.seek(offset)
                 content = file.read()
             whole = content.rfind(b"\n") + 1
-            fresh = [json.loads(line) for line in content[:whole].splitlines()]
+            fresh = [event for line in content[:whole].split(b"\n") if (event := _event(line))]
             offset += whole
         yield fresh
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line, or None where the line does not hold one."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(event, dict) and all(isinstance(event.get(key), str) for key in ("event", "point"))
+    return event if whole else None

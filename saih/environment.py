@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -20,10 +21,12 @@ MACHINE_KEYS = (
     "kernel",
     "threads",
     "saih",
-    "commit",
-    "dirty",
+    "source",
 )
 """Two measurements that differ in one of these do not belong in one trend."""
+
+MEASURING = ("core", "errors", "files", "workload", "launchers", "timing", "environment", "worker")
+"""Modules of saih that run inside a job."""
 
 SCHEDULER_PREFIXES = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "PBS_JOBID", "FLUX_JOB_ID")
 
@@ -43,9 +46,9 @@ def capture(device: str, version: dict[str, Any]) -> dict[str, Any]:
         "device": "cuda" if cuda else "cpu",
         "gpu": properties.name if properties else "",
         "gpu_memory_bytes": properties.total_memory if properties else None,
-        "gpu_driver": _nvidia("driver_version") if cuda else "",
-        "gpu_clock_mhz": _number(_nvidia("clocks.sm")) if cuda else None,
-        "gpu_power_limit_w": _number(_nvidia("power.limit")) if cuda else None,
+        "gpu_driver": _nvidia("driver_version", properties) if properties else "",
+        "gpu_clock_max_mhz": _number(_nvidia("clocks.max.sm", properties)) if properties else None,
+        "gpu_power_limit_w": _number(_nvidia("power.limit", properties)) if properties else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
@@ -58,17 +61,23 @@ def capture(device: str, version: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_version() -> dict[str, Any]:
-    """This saih: version, and commit and dirty flag where it runs from a git checkout."""
+    """This saih: version, digest of the code that measures, and where that is a git checkout, commit and dirty flag."""
     from saih import __version__
 
     root = Path(__file__).resolve().parent.parent
     commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
-    dirty = (
-        bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", "saih", "workloads"))
-        if commit
-        else False
-    )
-    return {"saih": __version__, "commit": commit or "", "dirty": dirty}
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "saih", "workloads") if commit else ""
+    return {"saih": __version__, "source": source_digest(root), "commit": commit or "", "dirty": bool(changes)}
+
+
+def source_digest(root: Path) -> str:
+    """Digest of the Python files a measurement depends on: the worker's side of saih, and the workloads; 16 digits."""
+    files = [root / "saih" / f"{name}.py" for name in MEASURING]
+    files += sorted((root / "workloads").rglob("*.py"))
+    content = hashlib.sha256()
+    for path in files:
+        content.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return content.hexdigest()[:16]
 
 
 def _git(root: Path, *words: str) -> str | None:
@@ -79,11 +88,12 @@ def _git(root: Path, *words: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
-def _nvidia(field: str) -> str:
+def _nvidia(field: str, properties: Any) -> str:
+    """What nvidia-smi says of this very device."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""
-    query = [tool, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    query = [tool, f"--id=GPU-{properties.uuid}", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout else ""
 

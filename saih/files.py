@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +20,10 @@ from saih.errors import SaihError
 def write_atomic(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
     """Write `path` through `write(file)`; a crash or a full disk leaves the old file, or none.
 
-    Raises OSError as the file system reports it; the unfinished copy is removed.
+    Raises OSError as the file system reports it, always naming `path`; the unfinished copy is removed.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -43,12 +47,54 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
     write_atomic(path, lambda file: file.write(text.encode()), durable)
 
 
+def write_json_once(path: Path, value: Any) -> bool:
+    """Write `value` as JSON if nobody has written `path` yet; whether it was us."""
+    own = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    write_json(own, value)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    finally:
+        own.unlink(missing_ok=True)
+    return True
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in `path`; SaihError if it cannot be read or is damaged."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SaihError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def read_record(path: Path, number: int, keys: Collection[str]) -> dict[str, Any]:
+    """The JSON object in `path`, which must state format `number` and have `keys`; SaihError says what it lacks."""
+    return check_record(read_json(path), str(path), number, keys)
+
+
+def check_record(value: Any, place: str, number: int, keys: Collection[str]) -> dict[str, Any]:
+    """`value`, if it is an object of format `number` with all of `keys`; SaihError naming `place` otherwise."""
+    if not isinstance(value, dict):
+        raise SaihError(f"{place}: damaged: must be an object, not {str(value)[:40]!r}")
+    if "format" not in value:
+        raise SaihError(f"{place}: damaged: it states no format")
+    if isinstance(value["format"], bool) or value["format"] != number:
+        raise SaihError(f"{place}: format {str(value['format'])[:40]}, this saih reads format {number}")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise SaihError(f"{place}: damaged: {', '.join(missing)} missing")
+    return value
+
+
+@contextmanager
+def blamed_on(path: Path) -> Iterator[None]:
+    """What goes wrong while the content of `path` is taken apart becomes a SaihError that names the file."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"{error} missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise SaihError(f"{path}: damaged ({what})") from None
 
 
 def canonical(value: Any) -> str:

@@ -22,12 +22,24 @@ import jinja2
 
 from saih import environment, launchers, schedulers
 from saih.core import FORMAT, Cost, Job, Point, Sweep
-from saih.errors import unknown
-from saih.files import locked, read_json, write_atomic, write_json
+from saih.errors import SaihError, unknown
+from saih.files import blamed_on, locked, read_record, write_atomic, write_json
 from saih.plan import Forecast, Plan
 from saih.site import GIB, Site
 
 LOG_TAIL_BYTES = 4000
+SWEEP_KEYS = (
+    *("name", "workload", "axes", "overrides", "repeat", "seed", "site", "command", "version", "ceilings"),
+    *("points", "pruned"),
+)
+PACK_KEYS = (
+    *("name", "points", "points_folder", "ranks", "threads", "device", "data_folder", "rank_memory_bytes", "version"),
+)
+MEASUREMENT_KEYS = ("point", "began", "check", "ranks", "hosts", "per_rank", "samples_sha256", "environment")
+FAILURE_KEYS = ("point", "kind", "reason", "log_tail")
+SUBMITTED_KEYS = ("id",)
+ENDED_KEYS = ("cause", "detail", "nodes")
+"""What each JSON file of a sweep has besides its format number."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +63,39 @@ class SweepFolder:
     def job_folders(self) -> list[Path]:
         return sorted(path for path in self.jobs.glob("[0-9]*") if (path / "pack.json").exists())
 
+    @property
+    def sweep_file(self) -> Path:
+        return self.path / "sweep.json"
+
+    def asked(self) -> dict[str, Any]:
+        """sweep.json; SaihError where it is damaged."""
+        told = read_record(self.sweep_file, FORMAT, SWEEP_KEYS)
+        if not all(isinstance(told[key], list) for key in ("axes", "points", "pruned")):
+            raise SaihError(f"{self.sweep_file}: damaged: axes, points and pruned must be lists")
+        return told
+
     def site(self) -> Site:
         """The site it was planned for."""
-        return Site.model_validate(read_json(self.path / "sweep.json")["site"])
+        told = self.asked()
+        with blamed_on(self.sweep_file):
+            return Site.model_validate(told["site"])
 
     def failures(self) -> list[dict[str, Any]]:
         """failure.json of every planned point that failed."""
-        planned = read_json(self.path / "sweep.json")["points"]
-        paths = (self.points / Point.from_json(value["point"]).folder / "failure.json" for value in planned)
-        return [read_json(path) for path in paths if path.exists() and not path.with_name("measurement.json").exists()]
+        planned = self.asked()["points"]
+        with blamed_on(self.sweep_file):
+            paths = [self.points / Point.from_json(value["point"]).folder / "failure.json" for value in planned]
+        return [
+            read_record(path, FORMAT, FAILURE_KEYS)
+            for path in paths
+            if path.exists() and not path.with_name("measurement.json").exists()
+        ]
+
+    def most_repeats(self) -> int:
+        """The most repeats anybody has asked of this sweep; 0 for a new one."""
+        told = self.asked()["points"] if self.sweep_file.exists() else []
+        with blamed_on(self.sweep_file):
+            return max((value["point"]["repeat"] + 1 for value in told), default=0)
 
     def next_number(self) -> int:
         """Of a job folder that does not exist yet."""
@@ -71,8 +107,9 @@ class SweepFolder:
 
 
 def find(root: Path, name: str) -> SweepFolder:
-    """The sweep folder of that name under `root`; SaihError names the nearest ones."""
-    path = root / name
+    """The sweep folder of that name, or of that path under `root`; SaihError names the nearest ones."""
+    given = Path(name)
+    path = given if given.parent.resolve() == root.resolve() else root / name
     if not (path / "sweep.json").is_file():
         raise unknown(
             "sweep", name, [folder.name for folder in sorted(root.glob("*")) if (folder / "sweep.json").is_file()]
@@ -87,21 +124,41 @@ def all_sweeps(root: Path) -> list[SweepFolder]:
 
 def load_plan(folder: SweepFolder) -> Plan:
     """The plan as sweep.json has it: the points to run and the site, without their costs."""
-    told = read_json(folder.path / "sweep.json")
-    kept = [
-        Forecast(
-            Point.from_json(value["point"]), Cost(0.0, 0.0), value["predicted"]["step_s"], value["predicted"]["point_s"]
-        )
-        for value in told["points"]
-    ]
-    asked = Sweep(told["workload"], (), told["overrides"], told["repeat"], told["seed"], told["site"]["name"])
-    return Plan(asked, told["name"], folder.site(), tuple(kept), ())
+    told, site = folder.asked(), folder.site()
+    with blamed_on(folder.sweep_file):
+        kept = [
+            Forecast(
+                Point.from_json(value["point"]),
+                Cost(0.0, 0.0),
+                value["predicted"]["step_s"],
+                value["predicted"]["point_s"],
+            )
+            for value in told["points"]
+        ]
+    asked = Sweep(told["workload"], (), told["overrides"], told["repeat"], told["seed"], site.name)
+    return Plan(asked, told["name"], site, tuple(kept), ())
 
 
 def set_aside(folder: SweepFolder) -> None:
     """Move what was measured before into a folder of its own: nothing is lost, and nothing of it is used."""
     if folder.points.exists():
         folder.points.rename(folder.path / f"points-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
+
+
+def refuse_other_code(folder: SweepFolder, plan: Plan, source: str) -> None:
+    """SaihError if what is measured of the plan was measured by other code: the two could not be gathered."""
+    for item in plan.kept:
+        path = folder.points / item.point.folder / "measurement.json"
+        if path.exists():
+            measurement = read_record(path, FORMAT, MEASUREMENT_KEYS)
+            with blamed_on(path):
+                other = measurement["environment"].get("source")
+            if other == source:
+                return
+            raise SaihError(
+                f"{folder.path.name}: the code that measures has changed since ({other} to {source}); "
+                "--fresh measures all again, --mixed goes on with the rest"
+            )
 
 
 def prepare(plan: Plan, root: Path, command: Sequence[str], ceilings: Mapping[str, Any] | None) -> SweepFolder:
@@ -175,6 +232,7 @@ def render(job: Job, sweep: str, site: Site) -> str:
             folder=str(Path.cwd()),
             environment=variables,
             python=sys.executable,
+            log=str(Path(job.folder, "log.txt").absolute()),
             command=words,
         )
     )
@@ -182,10 +240,12 @@ def render(job: Job, sweep: str, site: Site) -> str:
 
 def status(folder: SweepFolder) -> dict[str, int]:
     """How many points are measured, failed, pruned and missing: what the files say."""
-    sweep = read_json(folder.path / "sweep.json")
+    sweep = folder.asked()
     counts = dict.fromkeys(("measured", "failed", "missing", "pruned"), 0)
-    for value in sweep["points"]:
-        home = folder.points / Point.from_json(value["point"]).folder
+    with blamed_on(folder.sweep_file):
+        homes = [folder.points / Point.from_json(value["point"]).folder for value in sweep["points"]]
+        counts["pruned"] = len(sweep["pruned"])
+    for home in homes:
         kind = (
             "measured"
             if (home / "measurement.json").exists()
@@ -194,7 +254,6 @@ def status(folder: SweepFolder) -> dict[str, int]:
             else "missing"
         )
         counts[kind] += 1
-    counts["pruned"] = len(sweep["pruned"])
     return counts
 
 

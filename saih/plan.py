@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,34 +88,70 @@ def predict_step_s(cost: Cost, speed: Rates) -> float:
 
 
 def make_plan(
-    sweep: Sweep, name: str, grid: Sequence[Point], site: Site, ceilings: dict[str, float] | None, data: Path
+    sweep: Sweep,
+    name: str,
+    grid: Sequence[Point],
+    site: Site,
+    ceilings: dict[str, float] | None,
+    data: Path,
+    done: Set[str] = frozenset(),
 ) -> Plan:
-    """Forecast every point and prune: ranks, then memory, disk and job length, then the sweep's time budget."""
-    spec = workload.spec(sweep.workload)
-    costs: dict[str, Forecast] = {}
-    free_disk = _free_bytes(data)
-    kept, pruned = [], []
-    for point in grid:
-        known = costs.get(point.cell)
-        if known is None:
-            try:
-                cost = spec.cost(point.params)
-            except SaihError as error:
-                nothing = Forecast(point, Cost(0.0, 0.0), 0.0, 0.0)
-                pruned.append(Pruned(nothing, "invalid", str(error)))
-                continue
-            known = costs[point.cell] = _forecast(point, cost, site, ceilings)
-        forecast = Forecast(point, known.cost, known.step_s, known.point_s)
-        obstacle = _obstacle(forecast, site, free_disk)
-        if obstacle:
-            pruned.append(Pruned(forecast, *obstacle))
-        else:
+    """Forecast every point and prune: ranks, then memory, disk and job length, then the sweep's time budget.
+
+    Points whose ids are in `done` are measured already: they cost nothing and nothing rules them out.
+    """
+    kept: list[Forecast] = []
+    pruned: list[Pruned] = []
+    planner = _Planner(sweep, site, ceilings, _free_bytes(data))
+    for point in sorted(grid, key=lambda each: each.id not in done):  # stable: what is there comes first
+        forecast, obstacle = planner.look_at(point, point.id in done)
+        if obstacle is None:
             kept.append(forecast)
+        else:
+            pruned.append(Pruned(forecast, *obstacle))
     if sweep.time_budget_s is not None:
-        spent_s = LAUNCH_OVERHEAD_S * len(pack(kept, site, Path()))
-        kept, late = _within_budget(kept, sweep.time_budget_s, spent_s)
+        spent_s = LAUNCH_OVERHEAD_S * len(pack([item for item in kept if item.point.id not in done], site, Path()))
+        kept, late = _within_budget(kept, sweep.time_budget_s, spent_s, done)
         pruned += late
+    order = {point.id: place for place, point in enumerate(grid)}
+    kept.sort(key=lambda item: order[item.point.id])
     return Plan(sweep, name, site, tuple(kept), tuple(pruned))
+
+
+class _Planner:
+    """Looks at points one after the other and remembers what their data sets need."""
+
+    def __init__(self, sweep: Sweep, site: Site, ceilings: dict[str, float] | None, free_disk: float) -> None:
+        self.spec = workload.spec(sweep.workload)
+        self.site, self.ceilings, self.free_disk = site, ceilings, free_disk
+        self.costs: dict[str, tuple[Cost, float]] = {}
+        self.data_sets: set[str] = set()
+
+    def look_at(self, point: Point, done: bool) -> tuple[Forecast, tuple[str, str] | None]:
+        """What the point takes, and why it cannot run, with the number, or None."""
+        try:
+            cost, step_s = self._cost(point)
+        except SaihError as error:
+            return Forecast(point, Cost(0.0, 0.0), 0.0, 0.0), ("invalid", str(error))
+        data_set = cost.data_set or point.id
+        if done:
+            self.data_sets.add(data_set)
+            return Forecast(point, cost, step_s, 0.0), None
+        steps = point.timed_steps(step_s) + int(point.params["warmup"]) + cost.check_steps
+        made = data_set in self.data_sets
+        forecast = Forecast(point, cost, step_s, steps * step_s + (0.0 if made else cost.setup_s))
+        obstacle = _obstacle(forecast, self.site, math.inf if made else self.free_disk)
+        if obstacle is None and not made:
+            self.data_sets.add(data_set)
+            self.free_disk -= cost.disk_bytes
+        return forecast, obstacle
+
+    def _cost(self, point: Point) -> tuple[Cost, float]:
+        if point.cell not in self.costs:
+            cost = self.spec.cost(point.params)
+            speed = rates(self.site, str(point.params.get("precision", "fp32")), self.ceilings)
+            self.costs[point.cell] = cost, predict_step_s(cost, speed)
+        return self.costs[point.cell]
 
 
 def pack(forecasts: Sequence[Forecast], site: Site, folder: Path, first: int = 0) -> list[Job]:
@@ -155,13 +191,6 @@ def _job(batch: Sequence[Forecast], folder: Path, number: int, site: Site) -> Jo
     return Job(str(folder / name), name, tuple(item.point for item in batch), nodes, gpus, limit)
 
 
-def _forecast(point: Point, cost: Cost, site: Site, ceilings: dict[str, float] | None) -> Forecast:
-    precision = str(point.params.get("precision", "fp32"))
-    step_s = predict_step_s(cost, rates(site, precision, ceilings))
-    steps = point.timed_steps(step_s) + int(point.params["warmup"]) + cost.check_steps
-    return Forecast(point, cost, step_s, cost.setup_s + steps * step_s)
-
-
 def _obstacle(item: Forecast, site: Site, free_disk: float) -> tuple[str, str] | None:
     """Why this point cannot run on the site, with the number, or None."""
     point, cost = item.point, item.cost
@@ -181,23 +210,25 @@ def _obstacle(item: Forecast, site: Site, free_disk: float) -> tuple[str, str] |
     return None
 
 
-def _within_budget(kept: Sequence[Forecast], budget_s: float, spent: float) -> tuple[list[Forecast], list[Pruned]]:
-    """Keep whole cells (all repeats), cheapest first, until the budget is spent; the order of points stays."""
+def _within_budget(
+    kept: Sequence[Forecast], budget_s: float, spent: float, done: Set[str]
+) -> tuple[list[Forecast], list[Pruned]]:
+    """Keep whole cells (all repeats), cheapest first, until the budget is spent; what is measured stays anyway."""
     cells: dict[str, float] = {}
     for item in kept:
         cells[item.point.cell] = cells.get(item.point.cell, 0.0) + item.point_s
     chosen = set()
     for cell, seconds in sorted(cells.items(), key=lambda pair: pair[1]):
         spent += seconds
-        if spent > budget_s:
+        if seconds and spent > budget_s:
             break
         chosen.add(cell)
     late = [
         Pruned(item, "time", f"predicted {cells[item.point.cell]:.3g} s; past the time budget of {budget_s:g} s")
         for item in kept
-        if item.point.cell not in chosen
+        if item.point.cell not in chosen and item.point.id not in done
     ]
-    return [item for item in kept if item.point.cell in chosen], late
+    return [item for item in kept if item.point.cell in chosen or item.point.id in done], late
 
 
 def _free_bytes(folder: Path) -> float:

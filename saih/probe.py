@@ -9,12 +9,13 @@ from typing import Any
 from saih.analysis.ceilings import mismatch
 from saih.errors import SaihError
 from saih.files import read_json, write_json
-from saih.site import Site, cpu_name
+from saih.site import Site, cpu_name, find_gpus
 
 WORKLOAD = "ceilings"
 AXES: dict[str, list[bool | int | float | str] | None] = {"kernel": None, "size": None, "precision": None}
-SETTINGS = {"seconds": 0.3, "max_steps": 30}
-TIME_BUDGET_S = 25.0
+SETTINGS = {"seconds": 0.1, "steps": 3, "max_steps": 20}
+REPEAT = 3
+TIME_BUDGET_S = 30.0
 
 
 def path_of(results: Path, site: Site) -> Path:
@@ -43,6 +44,12 @@ def load(results: Path, site: Site) -> tuple[dict[str, Any] | None, str]:
     return dict(ceilings), ""
 
 
+def _gpu_here(site: Site) -> str:
+    """The GPU's own name, whatever the site calls it."""
+    found = find_gpus()
+    return found[0][0] if found else site.device_name
+
+
 def _here(site: Site, ceilings: dict[str, Any]) -> dict[str, Any]:
     """What planning can know of this machine without importing torch."""
     try:
@@ -53,7 +60,7 @@ def _here(site: Site, ceilings: dict[str, Any]) -> dict[str, Any]:
     same_torch = bool(torch) and str(stored.get("torch", "")).split("+")[0] == torch.split("+")[0]
     return {
         "processor": cpu_name(),
-        "gpu": site.device_name if site.device == "cuda" else "",
+        "gpu": _gpu_here(site) if site.device == "cuda" else "",
         "torch": stored.get("torch") if same_torch else torch,
         "threads": site.threads_per_rank,
     }

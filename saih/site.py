@@ -119,6 +119,8 @@ def load(name: str) -> Site:
     device: Literal["cpu", "cuda"] = "cuda" if file.device == "cuda" or gpus else "cpu"
     if device == "cuda" and not gpus and (file.gpus_per_node is None or file.device_memory_gib is None):
         raise SaihError(f"{path}: no GPU is visible here, so gpus_per_node and device_memory_gib must be stated")
+    if file.scheduler == "local" and file.nodes > 1:
+        raise SaihError(f"{path}: scheduler local has this one machine, not {file.nodes} nodes; name a batch scheduler")
     cores = len(os.sched_getaffinity(0))
     per_node = file.gpus_per_node or (len(gpus) if device == "cuda" else cores)
     threads = file.threads_per_rank or max(1, cores // per_node)
@@ -148,17 +150,38 @@ def find_gpus() -> list[tuple[str, float]]:
         return []
     query = [tool, *chosen, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    lines = answer.stdout.splitlines() if answer.returncode == 0 else []
+    if answer.returncode != 0:
+        raise SaihError(
+            f"nvidia-smi fails here ({(answer.stderr or answer.stdout).strip().splitlines()[:1]}); "
+            "set CUDA_VISIBLE_DEVICES= to measure the processor instead"
+        )
+    lines = answer.stdout.splitlines()
     pairs = (line.rsplit(",", 1) for line in lines if "," in line)
     return [(name.strip(), float(mebibytes) * 2**20) for name, mebibytes in pairs if mebibytes.strip().isdigit()]
 
 
 def memory_bytes() -> float:
-    """Host memory this process may use: the machine's, or the control group's limit where that is less."""
+    """Host memory this process may use: the machine's, or the least limit of its control groups."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return float(min(total, int(text)) if text.isdigit() else total)
+    limits = [path.read_text().strip() for path in _limit_files() if path.is_file()]
+    return float(min([total, *(int(limit) for limit in limits if limit.isdigit())]))
+
+
+def _limit_files() -> list[Path]:
+    """memory.max (cgroup v2) and memory.limit_in_bytes (v1) of this process's groups and those above them."""
+    own = Path("/proc/self/cgroup")
+    files = []
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root, name = (
+                ("/sys/fs/cgroup", "memory.max")
+                if not controllers
+                else ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+            )
+            path = Path(group)
+            files += [Path(f"{root}{each}", name) for each in (path, *path.parents)]
+    return files
 
 
 def cpu_name() -> str:

@@ -3,11 +3,14 @@
 Format 1 of a results file (documented in results/README.md):
 
     /            attributes: saih_format = 1, sweep (JSON: what was asked, planned, pruned, with which ceilings)
+                 and its SHA-256
     /points/*    one 1-D dataset a column, one entry a point: identity, status, parameters, predictions, check numbers
     /samples/*   one 1-D dataset a column, one entry a rank and step: point (row of /points), rank, step, warmup,
                  <phase>_s for each phase, units, flop, moved_bytes
     /ranks/*     one entry a rank of a point: host, set-up and check time, peak memory, bytes read
     /environments  JSON strings; points/environment is the row
+
+Each group, and /environments, has an attribute sha256 of its content: a file that decays is not believed.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +32,12 @@ import pandas as pd
 from saih.core import FORMAT, PHASES, Point
 from saih.environment import MACHINE_KEYS
 from saih.errors import SaihError
-from saih.files import digest, read_json
-from saih.jobs import SweepFolder
+from saih.files import blamed_on, check_record, digest, read_record
+from saih.jobs import FAILURE_KEYS, MEASUREMENT_KEYS, SWEEP_KEYS, SweepFolder
 
 TABLES = ("points", "samples", "ranks")
+NOT_STORED = ("points", "pruned")
+"""Keys of sweep.json that are rows of /points instead."""
 UNITS = {"_s": "s", "_bytes": "B", "flop": "FLOP"}
 
 
@@ -41,7 +47,7 @@ def gather(folder: SweepFolder, results: Path, mixed: bool = False) -> Path:
     Written aside, compared with the frames it was made from, then renamed. Raises SaihError where measurements come
     from different machines or versions (unless `mixed`), or the results folder cannot be written.
     """
-    sweep = read_json(folder.path / "sweep.json")
+    sweep = folder.asked()
     frames, environments = _collect(folder, sweep)
     if not mixed:
         _refuse_mixture(environments)
@@ -66,19 +72,27 @@ def gather(folder: SweepFolder, results: Path, mixed: bool = False) -> Path:
 def load(path: Path | str) -> pd.DataFrame:
     """The flat table: one row a point. `attrs` holds "sweep" (dict) and "environments" (list of dict).
 
-    Raises SaihError for a file that is missing, truncated, not HDF5, or of another format number.
+    Raises SaihError for a file that is missing, damaged, not HDF5, or of another format number.
     """
     with _open(Path(path)) as file:
-        frame = _read_table(file["points"])
-        frame.attrs["sweep"] = json.loads(file.attrs["sweep"])
-        frame.attrs["environments"] = [json.loads(text) for text in file["environments"].asstr()[:]]
+        frame = _load_table(file, "points")
+        with _table("attribute sweep"):
+            text = file.attrs["sweep"]
+            _verify(_sha256([text]), file.attrs.get("sweep_sha256"))
+            keys = [key for key in SWEEP_KEYS if key not in NOT_STORED]
+            frame.attrs["sweep"] = check_record(json.loads(text), "its content", FORMAT, keys)
+        with _table("environments"):
+            stored = file["environments"]
+            texts = list(stored.asstr()[:])
+            _verify(_sha256(texts), stored.attrs.get("sha256"))
+            frame.attrs["environments"] = [json.loads(each) for each in texts]
         return frame
 
 
 def load_samples(path: Path | str) -> pd.DataFrame:
     """Raw samples: one row a rank and step; `point` is the row of the flat table; `step_s` is the sum of the phases."""
     with _open(Path(path)) as file:
-        frame = _read_table(file["samples"])
+        frame = _load_table(file, "samples")
     frame["step_s"] = frame[[f"{phase}_s" for phase in PHASES]].sum(axis=1)
     return frame
 
@@ -86,21 +100,40 @@ def load_samples(path: Path | str) -> pd.DataFrame:
 def load_ranks(path: Path | str) -> pd.DataFrame:
     """One row a rank of a point: host, memory, bytes read."""
     with _open(Path(path)) as file:
-        return _read_table(file["ranks"])
+        return _load_table(file, "ranks")
 
 
-def _open(path: Path) -> h5py.File:
+@contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    """The file, read-only; every error while it is read becomes a SaihError that names it."""
     if not path.is_file():
         raise SaihError(f"{path}: no such results file")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         raise SaihError(f"{path}: not a whole HDF5 file ({error})") from None
-    number = file.attrs.get("saih_format")
-    if number != FORMAT or any(name not in file for name in (*TABLES, "environments")):
-        file.close()
-        raise SaihError(f"{path}: format {number}, this saih reads format {FORMAT}; gather the sweep again")
-    return file
+    with file:
+        try:
+            with _table("file"):
+                number = file.attrs.get("saih_format")
+                missing = [name for name in (*TABLES, "environments") if name not in file]
+            if number != FORMAT:
+                raise SaihError(f"format {str(number)[:40]}, this saih reads format {FORMAT}; gather the sweep again")
+            if missing:
+                raise SaihError(f"damaged: {', '.join(missing)} missing; gather the sweep again")
+            yield file
+        except SaihError as error:
+            raise SaihError(f"{path}: {error}") from None
+
+
+@contextmanager
+def _table(name: str) -> Iterator[None]:
+    """Whatever goes wrong in here is damage to this part of the file: HDF5 reports it in many ways."""
+    try:
+        yield
+    except Exception as error:
+        what = error if isinstance(error, SaihError) else f"{type(error).__name__}: {error}"
+        raise SaihError(f"{name}: damaged ({what}); gather the sweep again") from None
 
 
 def _collect(folder: SweepFolder, sweep: Mapping[str, Any]) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]]]:
@@ -110,25 +143,28 @@ def _collect(folder: SweepFolder, sweep: Mapping[str, Any]) -> tuple[dict[str, p
     ranks: list[dict[str, Any]] = []
     samples: dict[str, list[np.ndarray]] = {name: [] for name in _sample_columns()}
     for planned in sweep["points"]:
-        row = _planned_row(sweep, planned)
-        home = folder.points / Point.from_json(planned["point"]).folder
+        with blamed_on(folder.sweep_file):
+            row = _planned_row(sweep, planned)
+            home = folder.points / Point.from_json(planned["point"]).folder
         outcome, failure = home / "measurement.json", home / "failure.json"
         if outcome.exists():
-            measurement = read_json(outcome)
+            measurement = read_record(outcome, FORMAT, MEASUREMENT_KEYS)
             _append_samples(samples, len(points), home, measurement)
-            ranks += _rank_rows(len(points), measurement)
-            row |= {"status": "measured", "ranks": measurement["ranks"], "began": measurement["began"]}
-            row |= {f"check_{name}": value for name, value in measurement["check"].items()}
-            row["environment"] = _intern(measurement["environment"], environments, distinct)
+            with blamed_on(outcome):
+                ranks += _rank_rows(len(points), measurement)
+                row |= {"status": "measured", "ranks": int(measurement["ranks"]), "began": str(measurement["began"])}
+                row |= {f"check_{name}": float(value) for name, value in measurement["check"].items()}
+                row["environment"] = _intern(dict(measurement["environment"]), environments, distinct)
         elif failure.exists():
-            told = read_json(failure)
+            told = read_record(failure, FORMAT, FAILURE_KEYS)
             row |= {"status": "failed", "kind": told["kind"], "reason": told["reason"], "log_tail": told["log_tail"]}
         else:
             row |= {"status": "missing", "kind": "missing", "reason": "not run yet"}
         points.append(row)
     for planned in sweep["pruned"]:
-        row = _planned_row(sweep, planned)
-        points.append(row | {"status": "pruned", "kind": planned["kind"], "reason": planned["reason"]})
+        with blamed_on(folder.sweep_file):
+            row = _planned_row(sweep, planned)
+            points.append(row | {"status": "pruned", "kind": planned["kind"], "reason": planned["reason"]})
     frames = {
         "points": _tidy(pd.DataFrame(points)),
         "samples": pd.DataFrame({name: np.concatenate(parts) if parts else [] for name, parts in samples.items()}),
@@ -162,7 +198,7 @@ def _append_samples(samples: dict[str, list[np.ndarray]], row: int, home: Path, 
         ) from None
     if hashlib.sha256(content).hexdigest() != measurement["samples_sha256"]:
         raise SaihError(f"{path}: damaged, its checksum differs; remove its folder and run the sweep again")
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+    with blamed_on(path), np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         for warmup in (True, False):
             phase_s = arrays["warmup_phase_s" if warmup else "phase_s"]
             ranks, steps, _ = phase_s.shape
@@ -213,24 +249,26 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
         values = frame[name]
         if not pd.api.types.is_numeric_dtype(values):
             text = values.map(lambda value: isinstance(value, str)).any()
-            frame[name] = values.fillna("").astype(str) if text else values.astype(np.float64)
+            frame[name] = values.fillna("").map(_plain) if text else values.astype(np.float64)
     return frame
+
+
+def _plain(value: object) -> str:
+    """Text that HDF5 can hold: a log may have bytes in it that are no text, or NUL, which ends a string there."""
+    return str(value).replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
 def _write(path: Path, sweep: Mapping[str, Any], frames: Mapping[str, pd.DataFrame], environments: list[Any]) -> None:
     with h5py.File(path, "w") as file:  # a name of our own, made by mkstemp: nobody else writes here
         file.attrs["saih_format"] = FORMAT
-        file.attrs["sweep"] = json.dumps(
-            {name: value for name, value in sweep.items() if name not in ("points", "pruned")}
-        )
-        file.create_dataset(
-            "environments",
-            data=[json.dumps(value, sort_keys=True) for value in environments],
-            dtype=h5py.string_dtype(),
-        )
+        told = json.dumps({name: value for name, value in sweep.items() if name not in NOT_STORED})
+        file.attrs["sweep"], file.attrs["sweep_sha256"] = told, _sha256([told])
+        texts = [json.dumps(value, sort_keys=True) for value in environments]
+        file.create_dataset("environments", data=texts, dtype=h5py.string_dtype()).attrs["sha256"] = _sha256(texts)
         for name, frame in frames.items():
             group = file.create_group(name)
             group.attrs["columns"] = list(frame.columns)
+            group.attrs["sha256"] = _table_sha256(frame)
             for column in frame.columns:
                 _write_column(group, column, frame[column])
     with open(path, "rb") as written:
@@ -250,17 +288,49 @@ def _compare(path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
     """The copy must say what the originals said, before anybody relies on it."""
     with _open(path) as file:
         for name, frame in frames.items():
-            copy = _read_table(file[name])
+            copy = _read_table(file, name)
             for column in frame.columns:
                 if not copy[column].equals(frame[column].astype(copy[column].dtype)):
-                    raise SaihError(
-                        f"{path}: column {name}/{column} did not survive writing; the job folders are untouched"
-                    )
+                    raise SaihError(f"column {name}/{column} did not survive writing; the job folders are untouched")
+            _load_table(file, name)
 
 
-def _read_table(group: h5py.Group) -> pd.DataFrame:
+def _load_table(file: h5py.File, name: str) -> pd.DataFrame:
+    """A table whose content is what was written; SaihError otherwise."""
+    with _table(f"table {name}"):
+        frame = _read_table(file, name)
+        _verify(_table_sha256(frame), file[name].attrs.get("sha256"))
+        return frame
+
+
+def _read_table(file: h5py.File, name: str) -> pd.DataFrame:
     columns = {}
-    for name in group.attrs["columns"]:
-        data = group[name]
-        columns[name] = data.asstr()[:] if h5py.check_string_dtype(data.dtype) else data[:]
+    for column in file[name].attrs["columns"]:
+        data = file[name][column]
+        columns[column] = data.asstr()[:] if h5py.check_string_dtype(data.dtype) else data[:]
     return pd.DataFrame(columns)
+
+
+def _verify(found: str, stored: object) -> None:
+    if found != stored:
+        raise SaihError("its checksum differs" if stored else "it has no checksum")
+
+
+def _table_sha256(frame: pd.DataFrame) -> str:
+    """SHA-256 over the columns in order: name, type, entries. Numbers are little-endian, texts UTF-8 ended by NUL."""
+    total = hashlib.sha256()
+    for name in frame.columns:
+        numeric = pd.api.types.is_numeric_dtype(frame[name])
+        values = frame[name].to_numpy() if numeric else frame[name].to_numpy(dtype=object)
+        data = values.astype(values.dtype.newbyteorder("<")).tobytes() if numeric else _text(values)
+        kind = values.dtype.newbyteorder("<").str if numeric else "text"
+        total.update(_text([name, kind]) + data)
+    return total.hexdigest()
+
+
+def _sha256(texts: Iterable[str]) -> str:
+    return hashlib.sha256(_text(texts)).hexdigest()
+
+
+def _text(texts: Iterable[str]) -> bytes:
+    return b"".join(text.encode() + b"\0" for text in texts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +13,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from saih import workload, yamlfile
-from saih.core import Axis, Params, Point, Sweep, Value, axis_of
+from saih.core import Axis, Parameter, Params, Point, Sweep, Value, axis_of
 from saih.errors import SaihError, unknown
 from saih.files import digest
 
 DEFAULT_WORKLOAD = "cosmoflow"
+
+LARGEST_GRID = 1_000_000
+"""Points; a sweep that asks for more is a mistake, and would only fill the memory."""
 
 Scalar = bool | int | float | str
 
@@ -26,8 +31,13 @@ class StudyFile(BaseModel):
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
     workload: str = DEFAULT_WORKLOAD
-    axes: dict[str, list[Scalar] | None]
-    set: dict[str, Scalar] = Field(default_factory=dict)
+    axes: dict[str, list[Scalar] | None] = Field(
+        description="write axes: {data: [32, 64], model: }, a list of rungs for each axis, or nothing for all its rungs"
+    )
+    set: dict[str, Scalar] = Field(
+        default_factory=dict,
+        description="write set: {width: 4, precision: bf16}, one value for each parameter; several make it an axis",
+    )
     repeat: int | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
     site: str | None = None
@@ -45,6 +55,8 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Scalar] | None]:
     for word in words:
         name: str | None = None
         for part in word.split(","):
+            if part.startswith("=") or (name is None and not part):
+                raise SaihError(f"--axis {word}: an axis has no name; write --axis data,model or --axis data=32,64")
             if "=" in part:
                 name, label = part.split("=", 1)
                 _refuse_twice(name, axes)
@@ -54,8 +66,6 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Scalar] | None]:
             else:
                 _refuse_twice(part, axes)
                 axes[part] = None
-    if "" in axes:
-        raise SaihError(f"--axis {','.join(words)}: an axis has no name; write --axis data,model or --axis data=32,64")
     return axes
 
 
@@ -121,8 +131,19 @@ def make_sweep(
 
 
 def points(sweep: Sweep, site_defaults: Params) -> list[Point]:
-    """Every point of the full grid, repeats outermost, so that the repeats of a cell are spread over the whole run."""
+    """Every point of the full grid, repeats outermost, so that the repeats of a cell are spread over the whole run.
+
+    Raises SaihError for a grid of more than `LARGEST_GRID` points, and for defaults of the site that no workload knows.
+    """
+    count = math.prod(len(axis.rungs) for axis in sweep.axes) * sweep.repeat
+    if count > LARGEST_GRID:
+        sizes = " x ".join(f"{axis.name} {len(axis.rungs)}" for axis in sweep.axes)
+        raise SaihError(
+            f"this sweep has {count:,} points ({sizes} x {sweep.repeat} repeats), more than {LARGEST_GRID:,}; "
+            "name fewer rungs or repeats"
+        )
     known = workload.parameters(workload.spec(sweep.workload))
+    _refuse_unknown(site_defaults, known, f"site {sweep.site}: defaults")
     base: dict[str, Value] = {name: parameter.default for name, parameter in known.items()}
     base |= {
         name: known[name].parse(value, f"site {sweep.site}: defaults")
@@ -148,6 +169,20 @@ def sweep_name(sweep: Sweep, grid: Sequence[Point]) -> str:
     """Workload, axes, and a hash of the cells: the same command on the same site is the same sweep."""
     content = digest({"site": sweep.site, "cells": [point.cell for point in grid if point.repeat == 0]})
     return "-".join([sweep.workload, *(axis.name for axis in sweep.axes), content[:8]])
+
+
+def _refuse_unknown(defaults: Params, known: Mapping[str, Parameter], where: str) -> None:
+    """A default may be for another workload, but some workload must know it."""
+    strange = [name for name in defaults if name not in known]
+    if not strange:
+        return
+    everything = dict.fromkeys(known)
+    for name in workload.packages():
+        with contextlib.suppress(SaihError, AttributeError, TypeError):  # one that is broken has no say here
+            everything |= dict.fromkeys(workload.parameters(workload.spec(name)))
+    for name in strange:
+        if name not in everything:
+            raise unknown("parameter", name, everything, where)
 
 
 def _refuse_double(axes: Sequence[Axis], overrides: Params, place: str) -> None:

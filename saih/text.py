@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from saih.analysis.numbers import si
 from saih.core import Point
 from saih.jobs import SweepFolder, status
 from saih.plan import Plan
@@ -13,15 +14,6 @@ from saih.schedulers import State
 
 PRUNED_SHOWN = 20
 LOG_LINES = 3
-PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
-
-
-def si(value: float) -> str:
-    """Three digits and a prefix, ready for a unit: 68860000000 -> "68.9 G"."""
-    for size, prefix in PREFIXES:
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}"
-    return f"{value:.3g} "
 
 
 def duration(seconds: float) -> str:
@@ -45,8 +37,8 @@ def plan_lines(plan: Plan, everything: bool) -> list[str]:
         f"predicted {duration(plan.seconds)} on site {plan.site.name}"
     ]
     for item in cells if everything else []:
-        size = f"{si(item.cost.parameters)} parameters, {si(item.cost.flop)}FLOP a step, {si(item.cost.device_bytes)}B"
-        lines.append(f"  {labels(item.point):28} {size}, predicted {si(item.step_s)}s a step")
+        size = _size(item.cost.parameters, item.cost.flop, item.cost.device_bytes)
+        lines.append(f"  {labels(item.point):28} {size}, predicted {si(item.step_s, 's')} a step")
     shown = pruned if everything else pruned[:PRUNED_SHOWN]
     lines += [f"  pruned {labels(item.forecast.point):21} {item.kind}: {item.reason}" for item in shown]
     if len(shown) < len(pruned):
@@ -91,8 +83,12 @@ def claim_lines(claim: Mapping[str, Any]) -> list[str]:
     return lines + [f"{'':15}{word}: {claim[word]}" for word in ("paper", "why") if claim[word]]
 
 
+def _size(parameters: float, flop: float, device_bytes: float) -> str:
+    return f"{si(parameters)} parameters, {si(flop, 'FLOP')} a step, {si(device_bytes, 'B')}"
+
+
 def _rung_cost(rung: Mapping[str, Any], site: str) -> str:
     if "error" in rung:
         return str(rung["error"])
-    size = f"{si(rung['parameters'])} parameters, {si(rung['flop'])}FLOP a step, {si(rung['device_bytes'])}B"
-    return f"{size}, predicted {si(rung['step_s'])}s a step on site {site}"
+    size = _size(rung["parameters"], rung["flop"], rung["device_bytes"])
+    return f"{size}, predicted {si(rung['step_s'], 's')} a step on site {site}"

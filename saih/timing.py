@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +60,11 @@ class Samples:
     work: list[Work]
 
 
-def run_steps(bench: Bench, clock: StepClock, steps: int) -> Samples:
-    """Time `steps` steps, one after the other."""
+def run_steps(bench: Bench, clock: StepClock, steps: int, line_up: Callable[[], None] = lambda: None) -> Samples:
+    """Time `steps` steps, one after the other; `line_up` waits for the other ranks before each, off the clock."""
     phase_s, work = [], []
     for _ in range(steps):
+        line_up()
         clock.start()
         done = bench.step(clock)
         phase_s.append(clock.stop())

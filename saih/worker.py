@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch.distributed as dist
 from saih import environment, launchers, workload
 from saih.core import FORMAT, PHASES, Check, Context, Place, Point
 from saih.errors import SaihError
-from saih.files import read_json, write_atomic, write_json
+from saih.files import blamed_on, digest, read_record, write_atomic, write_json, write_json_once
 from saih.timing import Samples, StepClock, run_steps
 
 HOST_BYTES = 64
@@ -61,10 +61,11 @@ class Pack:
 
     @classmethod
     def read(cls, path: Path) -> Pack:
-        value = read_json(path)
-        points = tuple(Point.from_json(point) for point in value.pop("points"))
-        del value["format"], value["name"]
-        return cls(path.parent, points, Path(value.pop("points_folder")), **value)
+        value = read_record(path, FORMAT, ("name", *(each.name for each in fields(cls) if each.name != "folder")))
+        with blamed_on(path):
+            points = tuple(Point.from_json(point) for point in value.pop("points"))
+            del value["format"], value["name"]
+            return cls(path.parent, points, Path(value.pop("points_folder")), **value)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     _limit_memory(pack)
     with _process_group(place, device):
         seen = environment.capture(device, pack.version)
+        _refuse_mixed_ranks(seen, device)
         gc.freeze()  # what is imported stays: collecting between points would visit all of torch, for 0.1 s
         for point in _unmeasured(pack, device):
             Launch(pack, place, device, seen).run(point)
@@ -95,6 +97,9 @@ class Launch:
     def run(self, point: Point) -> None:
         """Measure a point, or record why it could not be; with several ranks a failure ends the launch."""
         folder = self.pack.points_folder / point.folder
+        if self.place.rank == 0:
+            (folder / "failure.json").unlink(missing_ok=True)  # of an earlier try
+        self._line_up()
         self._tell("started", point)
         try:
             self._measure(point, folder)
@@ -109,7 +114,6 @@ class Launch:
     def _measure(self, point: Point, folder: Path) -> None:
         began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         torch.manual_seed(point.seed)
-        _reset_peak_memory(self.device)
         clock = StepClock(self.device)
         start_s = time.perf_counter()
         bench = workload.bench(point.workload).setup(point, Context(self.place, self.device, self.pack.data_folder))
@@ -117,10 +121,11 @@ class Launch:
             ready_s = time.perf_counter()
             check = self._unanimous(bench.check())
             checked_s = time.perf_counter()
-            warm = run_steps(bench, clock, int(point.params["warmup"]))
+            warm = run_steps(bench, clock, int(point.params["warmup"]), self._line_up)
             steps = self._agree_on_steps(point, warm)
+            _reset_peak_memory(self.device)
             io_before = _io_counters()
-            timed = run_steps(bench, clock, steps)
+            timed = run_steps(bench, clock, steps, self._line_up)
             io_after = _io_counters()
         finally:
             bench.close()
@@ -147,9 +152,14 @@ class Launch:
         return check
 
     def _agree_on_steps(self, point: Point, warm: Samples) -> int:
-        """Rank 0's last warm-up step decides how many steps are timed; also lines the ranks up."""
-        last = sum(warm.phase_s[-1]) if warm.phase_s else 0.0
-        return int(self._gather(np.array([float(point.timed_steps(last))]))[0, 0])
+        """Rank 0's last warm-up step decides how many steps are timed; without one, as few as may be."""
+        last_s = sum(warm.phase_s[-1]) if warm.phase_s else float("inf")
+        return int(self._gather(np.array([float(point.timed_steps(last_s))]))[0, 0])
+
+    def _line_up(self) -> None:
+        """All ranks are here: a rank that is late does not make another one's next step look long."""
+        if self.place.world > 1:
+            dist.barrier()
 
     def _gather(self, array: np.ndarray) -> np.ndarray:
         """`array` of every rank, stacked: [ranks, ...]. Tensors, never pickles."""
@@ -161,6 +171,7 @@ class Launch:
         return torch.stack(theirs).cpu().numpy()
 
     def _record_failure(self, folder: Path, point: Point, error: Exception) -> None:
+        """The first rank to fail tells why; the others only lost their peer."""
         numbers = dict(error.check.numbers) if isinstance(error, CheckFailedError) else {}
         failure = {
             "format": FORMAT,
@@ -173,8 +184,8 @@ class Launch:
             "environment": self.environment,
         }
         traceback.print_exception(error)
-        write_json(folder / "failure.json", failure)
-        _append_event(self.pack.folder, "failed", point)
+        if write_json_once(folder / "failure.json", failure):
+            _append_event(self.pack.folder, "failed", point)
 
     def _tell(self, event: str, point: Point) -> None:
         if self.place.rank == 0:
@@ -266,6 +277,17 @@ def _die_with_the_launcher() -> None:
     """Ask the kernel to kill this rank when its launcher dies: nobody is left to use what it would measure."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+
+
+def _refuse_mixed_ranks(seen: dict[str, Any], device: str) -> None:
+    """The ranks of one job must be alike, for one of them is all that is written down."""
+    if not dist.is_initialized():
+        return
+    own = int(digest({key: seen[key] for key in environment.MACHINE_KEYS})[:12], 16)
+    highest = torch.tensor([own, -own], dtype=torch.int64, device=device)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if highest.tolist() != [own, -own]:
+        raise SaihError(f"the ranks of this job run on different machines or versions; this one has {seen}")
 
 
 def _strict_fp32() -> None:

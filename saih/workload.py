@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import traceback
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -73,8 +74,22 @@ def _module(name: str, part: str) -> ModuleType:
         raise unknown("workload", name, packages())
     try:
         return importlib.import_module(f"{package}.{part}")
-    except ImportError as error:
-        raise SaihError(f"workload {name}: {package}.{part} cannot be imported ({error})") from error
+    except MemoryError:  # the machine's fault, and known as such to the worker
+        raise
+    except Exception as error:  # whatever a workload does wrong, the others stay usable
+        place = _culprit(error) or f"{package}.{part}"
+        raise SaihError(
+            f"workload {name}: {place}: cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+
+
+def _culprit(error: Exception) -> str:
+    """FILE:LINE that failed to be imported; "" where no file was reached."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno or 1}"
+    machinery = (__file__, importlib.__file__, "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(machinery)]
+    return f"{frames[0].filename}:{frames[0].lineno}" if frames else ""
 
 
 def _folders(root: str) -> list[tuple[str, str]]:
@@ -83,5 +98,6 @@ def _folders(root: str) -> list[tuple[str, str]]:
     for location in (source.submodule_search_locations or []) if source else []:
         for path in sorted(Path(location).glob("**/spec.py")):
             parts = path.parent.relative_to(location).parts
-            found.append((parts[-1], ".".join((root, *parts))))
+            if parts:  # a spec.py that stands in no folder has no name
+                found.append((parts[-1], ".".join((root, *parts))))
     return found

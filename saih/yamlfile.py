@@ -111,4 +111,30 @@ def _explain(
     name = ".".join(_keys_at(tree, loc)) or "the file"
     if first["type"] == "missing":
         return SaihError(f"{path}: key {name} is missing; valid keys: {', '.join(keys(model))}")
-    return SaihError(f"{place}: {name}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}")
+    wanted = [_EXPECTED.get(each["type"]) for each in errors if _keys_at(tree, each["loc"]) == _keys_at(tree, loc)]
+    field = model.model_fields.get(str(loc[0])) if loc else None
+    form = f"; {field.description}" if field and field.description else ""
+    if None not in wanted and (form or len(wanted) > 1):  # one of several types, each of which pydantic missed
+        words = list(dict.fromkeys(filter(None, wanted)))
+        return SaihError(f"{place}: {name}: must be {_listed(words)}, not {first['input']!r}{form}")
+    told = first["msg"].replace("tuple", "list")
+    return SaihError(f"{place}: {name}: {told[0].lower()}{told[1:]}, not {first['input']!r}{form}")
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1])] * (len(words) > 1) + [words[-1]])
+
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping of keys",
+}
+"""Kinds of pydantic's errors -> what they wanted, in words."""

@@ -20,10 +20,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saih.launchers", "saih.workload", "saih.timing", "saih.environment", "saih.yamlfile", "saih.schedulers"),
     ("saih.site", "saih.sweep"),
     ("saih.analysis", "saih.plan"),
-    ("saih.catalogue", "saih.probe", "saih.text"),
+    ("saih.catalogue", "saih.probe"),
     ("saih.jobs",),
-    ("saih.store",),
-    ("saih.report", "saih.live"),
+    ("saih.drive", "saih.store"),
+    ("saih.report", "saih.live", "saih.text"),
     ("saih.cli",),
 )
 """From the bottom up: a module imports from layers below its own, and from its own package. A new one goes here."""

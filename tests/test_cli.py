@@ -1,6 +1,7 @@
 """The command line: what it loads, what it prints, and one clear line with exit status 2 for every mistake."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 import h5py
 import pytest
 
-from saih import __version__, cli
+from saih import __version__, cli, store
+from tests.synthetic import Scenario, make
 
-VERBS = ("list", "sweep", "status", "gather", "claims", "report", "probe")
+VERBS = ("list", "sweep", "status", "resume", "cancel", "gather", "claims", "report", "probe")
 SITE = """\
 device: cpu
 device_name: Z80
@@ -206,6 +208,105 @@ def test_damaged_ceilings_are_named(workplace: Path, capsys: pytest.CaptureFixtu
     (workplace / "results" / "ceilings-small.json").write_text(content)
     for words in (["list", "--site=small"], ["sweep", "--axis=data=16", "--site=small", "--dry-run"]):
         assert said(capsys, *words, status=2).startswith("results/ceilings-small.json: ")
+
+
+@pytest.fixture
+def results() -> Path:
+    """A whole results file; its sweep is jobs/synthetic-sweep."""
+    return store.gather(make(Path("jobs"), Scenario(workload="cosmoflow")), Path("results"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["no sweep", "broken sweep", "no column", "no columns", "integer environments", "one number"],
+)
+def test_damage_inside_a_results_file_is_one_line(
+    capsys: pytest.CaptureFixture[str], results: Path, damage: str
+) -> None:
+    said(capsys, "claims", str(results))
+    with h5py.File(results, "r+") as file:
+        if damage == "no sweep":
+            del file.attrs["sweep"]
+        elif damage == "broken sweep":
+            file.attrs["sweep"] = "{"
+        elif damage == "no column":
+            del file["points/status"]
+        elif damage == "no columns":
+            del file["samples"].attrs["columns"]
+        elif damage == "one number":
+            file["samples/compute_s"][0] = 7.0
+        else:
+            del file["environments"]
+            file["environments"] = [1]
+    for verb in ("claims", "report"):
+        assert said(capsys, verb, str(results), status=2).startswith(f"{results}: ")
+
+
+@pytest.mark.parametrize("content", ["{}", "null", "[]", '{"format": 99}', '{"format": 1}', "{"])
+@pytest.mark.parametrize("name", ["sweep.json", "measurement.json"])
+def test_damaged_records_are_one_line(
+    capsys: pytest.CaptureFixture[str], results: Path, name: str, content: str
+) -> None:
+    victim = next(Path("jobs").rglob(name))
+    victim.write_text(content)
+    assert said(capsys, "gather", "synthetic-sweep", status=2).startswith(f"{victim}: ")
+    if name == "sweep.json":
+        assert said(capsys, "status", "synthetic-sweep", status=2).startswith(f"{victim}: ")
+
+
+@pytest.mark.parametrize("content", ["{}", "null", '{"format": 99}', "{"])
+def test_a_damaged_sweep_is_a_line_among_the_others(
+    capsys: pytest.CaptureFixture[str], results: Path, content: str
+) -> None:
+    for name in ("a", "z"):
+        make(Path("jobs"), Scenario(), name)
+    Path("jobs/synthetic-sweep/sweep.json").write_text(content)
+    first, bad, last = said(capsys, "status").splitlines()
+    assert first == "a: 4 measured"
+    assert bad.startswith("synthetic-sweep: jobs/synthetic-sweep/sweep.json: ")
+    assert last == "z: 4 measured"
+
+
+@pytest.mark.parametrize(
+    "name", ["synthetic-sweep", "synthetic-sweep/", "jobs/synthetic-sweep/", "./jobs/synthetic-sweep"]
+)
+def test_a_sweep_can_be_named_by_its_folder(
+    workplace: Path, capsys: pytest.CaptureFixture[str], results: Path, name: str
+) -> None:
+    assert said(capsys, "gather", name) == "results/synthetic-sweep.h5\n"
+    assert said(capsys, "status", str(workplace / "jobs" / "synthetic-sweep")) == "synthetic-sweep: 4 measured\n"
+
+
+def test_a_page_cannot_take_the_place_of_a_folder(capsys: pytest.CaptureFixture[str], results: Path) -> None:
+    Path("pages").mkdir()
+    assert said(capsys, "report", str(results), "-o", "pages", status=2) == "pages: is a folder; name a file"
+    assert not list(Path("pages").iterdir())
+
+
+@pytest.mark.parametrize("verb", ["list", "sweep", "status", "resume", "gather", "probe"])
+def test_only_what_goes_on_is_told_to_be_run_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    def full(options: object) -> int:
+        raise OSError(28, "No space left on device", "somewhere/a\nb")
+
+    full.__doc__ = "Fails."
+    monkeypatch.setattr(cli, "list_" if verb == "list" else verb, full)
+    words = [verb, "x"] if verb in ("resume", "gather") else [verb]
+    again = "; what was finished is kept, run the same command again" if verb in ("sweep", "resume", "probe") else ""
+    assert said(capsys, *words, status=2) == f"somewhere/a b: No space left on device{again}"
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(workplace: Path) -> None:
+    """As in `saih list --json | head -1`, where head ends before the first line is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    for words in (["list", "--json"], ["list"], ["status"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "saih.cli", *words], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    os.close(writing)
 
 
 def test_names_with_line_breaks_stay_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:

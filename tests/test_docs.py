@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -63,23 +64,65 @@ def test_the_documented_example_is_a_workload_that_sweeps(tmp_path: Path) -> Non
     assert "triad fusing-pays: measured" in judged.stdout
 
 
+CHEAP = ("list", "claims", "report", "status")
+"""Verbs that only read."""
+
+
 def commands() -> list[str]:
+    """Those in blocks of shell, and those after a prompt in blocks that show what comes of them."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"```(?:console|bash|sh)\n(.*?)```", page.read_text(), re.DOTALL):
-            found += [line.removeprefix("$ ") for line in block.splitlines() if line.startswith(("$ saih", "saih "))]
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            starts = ("$ saih ", "saih ") if language in ("console", "bash", "sh") else ("$ saih ",)
+            found += [line.removeprefix("$ ") for line in block.splitlines() if line.startswith(starts)]
     return sorted(set(found))
+
+
+def words_of(command: str) -> list[str]:
+    return shlex.split(command, comments=True)[1:]
+
+
+def cheap_commands() -> list[str]:
+    """Those documented that only read; `saih status` by its section, which needs no block."""
+    return sorted({command for command in commands() if words_of(command)[0] in CHEAP} | {"saih status"})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_documented_command_is_one_the_command_line_takes(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parsed by the real parser; sweeps are also planned by the sweep language, so axes and rungs exist."""
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command, comments=True)[1:]
-    options = cli._parser().parse_args(words)
+    options = cli._parser().parse_args(words_of(command))
     if options.verb is cli.sweep:
         _, asked = cli._asked(options)
         assert sweep.points(asked, {})
+
+
+@pytest.mark.parametrize("command", cheap_commands())
+def test_documented_commands_that_only_read_really_run(command: str, tmp_path: Path) -> None:
+    """Where the files that the pages name are, and what is written goes to a folder of its own."""
+    shutil.copytree(ROOT / "results" / "reference", tmp_path / "results" / "reference")
+    shutil.copytree(ROOT / "jobs" / "studies", tmp_path / "jobs" / "studies")
+    words = words_of(command)
+    answer = subprocess.run(
+        [sys.executable, "-m", "saih.cli", *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout.strip()
+    assert "BROKEN" not in answer.stdout
+    if "--json" in words:
+        assert json.loads(answer.stdout)
+    if words[0] == "report":
+        page = tmp_path / answer.stdout.strip()
+        assert page.read_text().rstrip().endswith("</html>")
+
+
+def test_a_command_of_every_verb_that_only_reads_is_run() -> None:
+    assert {words_of(command)[0] for command in cheap_commands()} == set(CHEAP)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -8,7 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saih.drive import read_events
 from saih.errors import SaihError
-from saih.files import canonical, digest, locked, read_json, write_atomic, write_json
+from saih.files import blamed_on, canonical, digest, locked, read_json, read_record, write_atomic, write_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -40,13 +41,13 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "tiny"
     folder.mkdir()
     try:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)  # noqa: S607
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
     except FileNotFoundError:
         pytest.skip("no mount command")
     if done.returncode:
         pytest.skip("only root can mount a file system")
     yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)  # noqa: S607
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def names(folder: Path) -> list[str]:
@@ -181,6 +182,74 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
         read_json(tmp_path / "b.json")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": 1, "id"', "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("null", "damaged: must be an object, not 'None'"),
+        ("[1]", r"damaged: must be an object, not '\[1\]'"),
+        ("{}", "damaged: it states no format"),
+        ('{"id": 1, "time": 2}', "damaged: it states no format"),
+        ('{"format": 2, "id": 1, "time": 2}', "format 2, this saih reads format 1"),
+        ('{"format": "1", "id": 1, "time": 2}', "format 1, this saih reads"),
+        ('{"format": true, "id": 1, "time": 2}', "format True, this saih reads format 1"),
+        ('{"format": 1}', "damaged: id, time missing"),
+        ('{"format": 1, "time": null}', "damaged: id missing"),
+    ],
+)
+def test_a_record_that_is_not_whole_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(SaihError, match=rf"a\.json: {message}"):
+        read_record(path, 1, ("id", "time"))
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    value = {"format": 1, "id": None, "time": 2.5, "more": [1]}
+    write_json(tmp_path / "a.json", value)
+    assert read_record(tmp_path / "a.json", 1, ("id", "time")) == value
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda: {}["a"], r"a\.json: damaged \('a' missing\)"),
+        (lambda: [][0], r"a\.json: damaged \(IndexError"),
+        (lambda: iter(3), r"a\.json: damaged \(TypeError"),
+        (lambda: int("x"), r"a\.json: damaged \(ValueError"),
+        (lambda: None.keys(), r"a\.json: damaged \(AttributeError"),
+    ],
+)
+def test_content_that_makes_no_sense_is_blamed_on_its_file(mistake: Callable[[], object], message: str) -> None:
+    with pytest.raises(SaihError, match=message), blamed_on(Path("a.json")):
+        mistake()
+
+
+def test_a_file_cannot_take_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_atomic(tmp_path / "page.html", lambda file: file.write(b"x"))
+    assert caught.value.filename == str(tmp_path / "page.html")
+    assert names(tmp_path) == ["page.html"]
+
+
+def test_lines_that_are_no_events_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    first, second, third = ({"event": "started", "point": name} for name in ("a", "b", "c"))
+    half = b'{"event": "meas'
+    odd = b'\xff\n\nnull\n3\n[]\n{}\n{"event": "started"}\n{"event": 1, "point": "a"}\n' + b"[" * 100_000 + b"\n"
+    events = read_events(path)
+    assert next(events) == []
+    path.write_bytes(json.dumps(first).encode() + b"\n" + half)
+    assert next(events) == [first]
+    with open(path, "ab") as file:  # another worker goes on where the disk was full
+        file.write(json.dumps(second).encode() + b"\n" + odd + json.dumps(third).encode() + b"\n")
+    assert next(events) == [third]
+    assert next(events) == []
+    assert next(read_events(path)) == [first, third]
+
+
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:
     path = tmp_path / "new" / "lock"
     with locked(path, "busy"):
@@ -210,7 +279,7 @@ def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
 def test_children_of_the_holder_do_not_keep_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locked(path, "busy"):
-        child = subprocess.Popen(["sleep", "60"], close_fds=False)  # noqa: S607
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
     try:
         with locked(path, "busy"):
             pass

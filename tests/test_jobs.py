@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import pandas as pd
 import pytest
 
 from saih import store
-from saih.files import read_json
+from saih.files import read_json, write_json
 
 TOYS = Path(__file__).parent / "toys"
 SITE = "scheduler: local\ndevice: cpu\ngpus_per_node: 2\nthreads_per_rank: 1\nnode_memory_gib: 8\n"
@@ -117,7 +118,9 @@ def test_one_rank_that_fails_ends_its_point_and_no_other(workplace: Workplace) -
     )
     assert "2 measured, 2 failed" in output
     table = workplace.table
-    assert set(table.loc[table["status"] == "failed", "label_fault"]) == {"error-on-last-rank"}
+    failed = table[table["status"] == "failed"]
+    assert set(failed["label_fault"]) == {"error-on-last-rank"}
+    assert set(failed["reason"]) == {"ValueError: this point is <b>broken</b>"}  # not that the other rank lost its peer
     assert set(table.loc[table["status"] == "measured", "ranks"]) == {2}
     samples = store.load_samples(next(workplace.folder.glob("results/*.h5")))
     assert set(samples["rank"]) == {0, 1}
@@ -146,7 +149,7 @@ def test_everything_killed_at_once_goes_on_where_it_stopped(workplace: Workplace
     workplace.wait_for_measured(2)
     (agent,) = (int(path.read_text()) for path in workplace.folder.glob("jobs/*/jobs/*/pid"))
     os.kill(first.pid, signal.SIGKILL)
-    os.kill(agent, signal.SIGKILL)  # the launcher; the kernel then kills its ranks
+    os.killpg(agent, signal.SIGKILL)  # the launcher; the kernel then kills its ranks
     first.wait()
     before = workplace.measured
     assert len(before) < 8
@@ -193,6 +196,54 @@ def test_fresh_sets_earlier_measurements_aside(workplace: Workplace) -> None:
     assert len(list(workplace.folder.glob("jobs/*/points-*/*/measurement.json"))) == 2
 
 
+def test_asking_for_less_loses_nothing_that_is_measured(workplace: Workplace) -> None:
+    sweep = ("--axis=size=1,2", QUICK)
+    workplace.sweep(*sweep, "--repeat=2")
+    before = workplace.measured
+    assert "4 measured" in workplace.sweep(*sweep, "--repeat=1", "--time-budget=0")
+    assert workplace.measured == before
+    assert (workplace.table["status"] == "measured").all()
+    assert "6 measured" in workplace.sweep(*sweep, "--repeat=3")
+
+
+def test_other_code_is_refused_before_anything_runs(workplace: Workplace) -> None:
+    sweep = ("--axis=size=1,2", "--repeat=1", QUICK)
+    workplace.sweep(*sweep)
+    victim, other = workplace.folder.glob("jobs/*/points/*/measurement.json")
+    told = read_json(victim)
+    write_json(victim, told | {"environment": told["environment"] | {"source": "0123456789abcdef"}})
+    other.unlink()
+    output = workplace.sweep(*sweep, status=2)
+    assert "the code that measures has changed since (0123456789abcdef to " in output
+    assert len(workplace.measured) == 1
+    assert "2 measured" in workplace.sweep(*sweep, "--mixed")
+
+
+def test_two_sweeps_take_turns_on_one_machine(workplace: Workplace) -> None:
+    first = workplace.start("sweep", "faulty", "--site=small", "--no-probe", "--axis=size", "--set=step_ms=60", QUICK)
+    workplace.wait_for_measured(1)
+    second = workplace.start("sweep", "faulty", "--site=small", "--no-probe", "--axis=amount=91,92", QUICK)
+    outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), outputs
+    began, ended = ({}, {})
+    for path in workplace.folder.glob("jobs/*/jobs/*/events.jsonl"):
+        times = [json.loads(line)["time"] for line in path.read_text().splitlines()]
+        began[path.parts[-4]], ended[path.parts[-4]] = min(times), max(times)
+    (sizes,), (amounts,) = ([name for name in began if f"-{axis}-" in name] for axis in ("size", "amount"))
+    assert began[amounts] > ended[sizes]
+    (log,) = workplace.folder.glob(f"jobs/{amounts}/jobs/*/log.txt")
+    assert "waiting for another saih job on this machine" in log.read_text()
+
+
+def test_a_job_past_its_limit_is_ended_and_says_so(workplace: Workplace) -> None:
+    site = workplace.folder / "sites" / "small.yaml"
+    site.write_text(site.read_text() + "job_minutes: 0.2\n")
+    output = workplace.sweep("--axis=fault=slow", "--repeat=1", "--set=seconds=0,steps=1,warmup=0", status=1)
+    assert "1 failed" in output
+    assert workplace.table["kind"].tolist() == ["timeout"]
+    assert "past the site's longest job" in workplace.table["reason"][0]
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
@@ -203,7 +254,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False).returncode:
         pytest.skip("this kernel lets nobody mount a tmpfs here")
     yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)  # noqa: S607
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def fill(ballast: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def make_site(**changes: object) -> Site:
     return Site.model_validate(known | changes)
 
 
-def make_point(number: int = 0, repeat: int = 0, **params: float) -> Point:
+def make_point(number: int = 0, repeat: int = 0, **params: float | str) -> Point:
     known = {"nodes": 1, "gpus": 1, "warmup": 0, "steps": 1, "seconds": 0.0, "max_steps": 1}
     return Point("toy", known | {"number": number} | params, {"number": str(number)}, repeat)
 
@@ -52,18 +52,19 @@ def toy_cost(params: Params) -> Cost:
         work=1.0,
         operations=(Operation(float(params.get("flop", 0.0)), 0.0),),
         device_bytes=float(params.get("device_bytes", 0.0)),
+        data_set=str(params.get("data_set", "")),
         disk_bytes=float(params.get("disk_bytes", 0.0)),
         setup_s=float(params.get("setup_s", 0.0)),
         check_steps=float(params.get("check_steps", 0.0)),
     )
 
 
-def toy_plan(grid: Sequence[Point], site: Site, budget_s: float | None = None) -> Plan:
+def toy_plan(grid: Sequence[Point], site: Site, budget_s: float | None = None, done: Set[str] = frozenset()) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workload, "spec", lambda name: SimpleNamespace(cost=toy_cost))
         patch.setitem(planning.LAUNCH_S, "cpu", 0.0)
         sweep = Sweep("toy", (), time_budget_s=budget_s)
-        return make_plan(sweep, "toy", grid, site, {"fp32": 1e9, "copy": 1e9}, Path())
+        return make_plan(sweep, "toy", grid, site, {"fp32": 1e9, "copy": 1e9}, Path(), done)
 
 
 @given(st.lists(st.builds(Operation, AMOUNTS, AMOUNTS), max_size=6), SPEED, SPEED, st.floats(0, 1))
@@ -252,3 +253,29 @@ def test_seconds_of_a_plan_count_start_up_once_a_job() -> None:
     plan = toy_plan(Grid((10.0, 20.0), (1, 2), 3).points, make_site())
     assert plan.seconds == pytest.approx(3 * 30 + 6 * LAUNCH_OVERHEAD_S)
     assert math.isclose(toy_plan([], make_site()).seconds, 0.0)
+
+
+def test_a_data_set_is_made_once_and_paid_once() -> None:
+    grid = [
+        make_point(n, repeat, setup_s=100.0, data_set="shared", disk_bytes=1e3) for repeat in (0, 1) for n in (0, 1)
+    ]
+    assert [item.point_s for item in toy_plan(grid, make_site()).kept] == [100.0, 0.0, 0.0, 0.0]
+    assert [item.point_s for item in toy_plan(grid, make_site(), done={grid[2].id}).kept] == [0.0] * 4
+
+
+def test_data_sets_add_up_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_free_bytes", lambda folder: 25e9)
+    grid = [make_point(n, 0, data_set=f"set {n // 2}", disk_bytes=10e9) for n in range(6)]
+    plan = toy_plan(grid, make_site())
+    assert [item.point.labels["number"] for item in plan.kept] == ["0", "1", "2", "3"]
+    assert {item.kind for item in plan.pruned} == {"disk"}
+    assert "10 GB of data; 5 GB free" in plan.pruned[0].reason
+
+
+def test_what_is_measured_costs_nothing_and_is_never_ruled_out() -> None:
+    grid = [make_point(n, repeat, setup_s=50.0, device_bytes=1e15) for repeat in (0, 1) for n in (0, 1)]
+    done = {grid[0].id, grid[2].id}
+    plan = toy_plan(grid, make_site(), budget_s=1.0, done=done)
+    assert {item.point.id for item in plan.kept} == done
+    assert sum(item.point_s for item in plan.kept) == 0
+    assert {item.forecast.point.id for item in plan.pruned} == {grid[1].id, grid[3].id}

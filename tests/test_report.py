@@ -6,22 +6,29 @@ import base64
 import html
 import io
 import re
+import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from saih import store
+from saih import cli, site, store, sweep
+from saih.analysis import numbers
 from saih.core import Axis, Params, Rung
 from saih.errors import SaihError
-from saih.report import figures, numbers, page
+from saih.files import read_json, write_json
+from saih.report import asked, figures, page
 from saih.report.grid import is_sized, layout, spread
-from tests.synthetic import DATA, MODEL, SITE, Outcome, Scenario, ladder, make
+from saih.site import Peak
+from tests.synthetic import CEILINGS, DATA, MODEL, SITE, Outcome, Scenario, ladder, make
 
+LABELS: dict[str, list[Any]] = {"data": ["16", "32"], "gpus": ["1", "2"]}
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
 CHROMIUM = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
@@ -63,6 +70,15 @@ def step_of_grid(params: Params) -> float:
     return {(16, 4): 1.0, (16, 8): 0.5, (32, 4): 0.25, (32, 8): 0.125}[int(params["mesh"]), int(params["width"])]
 
 
+GPUS = Axis("gpus", "per node", tuple(Rung(str(n), {"gpus": n}, n) for n in (1, 2, 4)))
+NOMINAL = SITE.model_copy(update={"peak": Peak(flop_per_s={"fp32": 2e9}, source="nominal: 1 core x 2 GHz")})
+
+
+def slower_together(params: Params) -> float:
+    """Every doubling of the ranks makes a step longer by a quarter."""
+    return step_of_grid(params) * {1: 1.0, 2: 1.25, 4: 1.6}[int(params["gpus"])]
+
+
 def failing(point: Any) -> Outcome:
     return {
         "16w4": Outcome("failed", "out-of-memory", HOSTILE, f"Traceback\n{HOSTILE}"),
@@ -97,6 +113,117 @@ def test_headline_for_the_terminal(tmp_path: Path) -> None:
     assert second == "lowest at data=16 model=w4, highest at data=32 model=w8"
 
 
+def test_headline_keeps_growth_apart_from_ranks(tmp_path: Path) -> None:
+    results = gathered(tmp_path, Scenario(axes=(DATA, MODEL, GPUS), step_s=slower_together))
+    first, second, third = page.headline(results).splitlines()
+    assert (
+        first == "10.0 % -> 80.0 % of measured ceiling, 5.00 % -> 40.0 % of data sheet, on testbed (Test CPU), 1 rank"
+    )
+    assert second == "6.25 % -> 50.0 % of measured ceiling, 3.12 % -> 25.0 % of data sheet, on 4 ranks"
+    assert third == "lowest at data=16 model=w4 gpus=1, highest at data=32 model=w8 gpus=1"
+    text = text_of(page.write(results, tmp_path / "page.html").read_text())
+    assert "10.0 % → 80.0 % of measured ceiling, on 1 rank" in text
+    assert "6.25 % → 50.0 % of measured ceiling, on 4 ranks" in text
+    assert "highest at data=32 model=w8 gpus=1 , over all measured cells on 1 rank." in text
+
+
+def test_headline_tells_how_certain_it_is(tmp_path: Path) -> None:
+    results = gathered(tmp_path, Scenario(step_s=step_of_grid, repeat=2, jitter=0.002))
+    text = text_of(page.write(results, tmp_path / "page.html").read_text())
+    told = re.search(
+        r"95 % intervals ([\d.]+) to ([\d.]+) % and ([\d.]+) to ([\d.]+) %, between repeats, 2 repeats", text
+    )
+    assert told
+    low, low_high, high, high_high = map(float, told.groups())
+    assert (low, low_high, high, high_high) == pytest.approx((9.75, 10.25, 78.0, 82.0), rel=0.005)
+    alone = text_of(written(tmp_path / "alone", Scenario(step_s=step_of_grid)))
+    assert "95 % intervals 10.0 to 10.0 % and 80.0 to 80.0 %, within one run, 1 repeat" in alone
+
+
+def test_a_nominal_peak_is_not_called_a_data_sheet(tmp_path: Path) -> None:
+    results = gathered(tmp_path, Scenario(step_s=step_of_grid, site=NOMINAL))
+    source = page.write(results, tmp_path / "page.html").read_text()
+    assert "data sheet" not in source
+    assert "nominal peak, fp32: 2.00 GFLOP/s a device (nominal: 1 core x 2 GHz)" in text_of(source)
+    assert "% of nominal peak</text>" in source, "the figure's axis"
+    assert "% of nominal peak over data</title>" in source
+    assert "<small>nominal peak</small>" in source
+    assert "5.00 % -> 40.0 % of nominal peak" in page.headline(results)
+
+
+def test_without_ceilings_a_nominal_peak_is_called_so_too(tmp_path: Path) -> None:
+    source = written(tmp_path, Scenario(step_s=step_of_grid, site=NOMINAL, ceilings=None))
+    assert "percentages of the nominal peak alone" in source
+    assert "data sheet" not in source
+
+
+def test_ceilings_are_point_estimates_and_their_intervals_are_told(grid: str, tmp_path: Path) -> None:
+    assert "do not include the uncertainty of the ceiling." in text_of(grid)
+    known = dict(CEILINGS) | {"intervals": {"fp32": [0.97e9, 1.02e9], "copy": None}}
+    text = text_of(written(tmp_path, Scenario(ceilings=known)))
+    assert "whose own 95 % interval is 0.970 to 1.02 GFLOP/s (fp32)." in text
+
+
+def test_conventions_say_that_nothing_overlaps_between_steps(grid: str) -> None:
+    assert "the ranks are lined up before each step" in text_of(grid)
+    assert "prefetches" in text_of(grid)
+
+
+def test_memory_is_called_what_it_is(grid: str, tmp_path: Path) -> None:
+    assert "resident memory whole process, largest rank" in text_of(grid)
+    assert "1.00 GB" in text_of(grid)
+    assert "host_peak_bytes" in csv_of(grid, "cells")
+    folder = make(tmp_path / "jobs", Scenario(site=SITE.model_copy(update={"device": "cuda"})))
+    for path in folder.points.glob("*/measurement.json"):
+        told = read_json(path)
+        write_json(path, told | {"per_rank": told["per_rank"] | {"device_peak_bytes": [7e6]}}, durable=False)
+    source = page.write(store.gather(folder, tmp_path / "results"), tmp_path / "page.html").read_text()
+    assert "peak memory allocated on the device, largest rank" in text_of(source)
+    assert "7.00 MB" in text_of(source)
+    assert "1.00 GB" not in text_of(source)
+    assert "esident" not in text_of(source)
+
+
+def test_a_page_from_a_study_file_can_be_asked_again(tmp_path: Path) -> None:
+    there = SITE.model_copy(update={"nodes": 1})
+    scenario = Scenario(command=("saih", "sweep", "my study.yaml"), params={"precision": "bf16"}, repeat=2, site=there)
+    source = written(tmp_path, scenario)
+    text = text_of(source)
+    assert "saih sweep 'my study.yaml'" in text
+    assert (
+        "saih sweep synthetic --axis data=16,32 --axis model=w4,w8 --set precision=bf16 "
+        "--repeat 2 --seed 0 --site testbed" in text
+    )
+    assert "data voxels 16 (mesh=16) , 32 (mesh=32)" in text
+    assert "seed 0; 2 repeats of each cell; set: precision=bf16" in text
+    same = text[text.index("every point has:") :]
+    same = same[: same.index("Site testbed")]
+    assert "nodes=1" in same
+    assert "precision=bf16" in same
+    assert "mesh=" not in same
+    told = re.search(r"<code>sites/testbed.yaml</code></summary><pre>(.*?)</pre>", source, re.DOTALL)
+    assert told
+    (tmp_path / "testbed.yaml").write_text(html.unescape(told[1]))
+    assert site.load(str(tmp_path / "testbed.yaml")) == there
+
+
+def test_the_full_command_is_understood() -> None:
+    described = {
+        "workload": "cosmoflow",
+        "axes": [{"name": name, "rungs": [{"label": a} for a in labels]} for name, labels in LABELS.items()],
+        "overrides": {"precision": "bf16", "seconds": 0.5},
+        "repeat": 3,
+        "seed": 7,
+        "site": {"name": "local"},
+        "time_budget_s": 600.0,
+    }
+    given = cli._parser().parse_args(shlex.split(asked.in_full(described))[1:])
+    assert (given.workload, given.repeat, given.seed, given.site) == ("cosmoflow", 3, 7, "local")
+    assert sweep.parse_axes(given.axis) == LABELS
+    assert sweep.parse_settings(given.set) == {"precision": "bf16", "seconds": "0.5"}
+    assert sweep.parse_duration(given.time_budget) == 600
+
+
 def test_heat_map_has_both_percentages_of_every_cell(grid: str) -> None:
     shown = re.findall(r"<b>([\d.]+)</b><small>\(([\d.]+)\)</small>", grid)
     assert shown == [("10.0", "5.00"), ("40.0", "20.0"), ("20.0", "10.0"), ("80.0", "40.0")]
@@ -126,8 +253,15 @@ def test_what_is_not_measured_is_shown_with_its_reason(troubled: str) -> None:
 
 def test_hostile_text_stays_text(troubled: str, tmp_path: Path) -> None:
     axis = Axis(HOSTILE, HOSTILE, (Rung(HOSTILE, {"mesh": 1}, 1), Rung("$x_1$", {"mesh": 2}, 2)))
-    site = SITE.model_copy(update={"description": HOSTILE})
-    scenario = Scenario(axes=(axis, MODEL), site=site, environment=lambda point: {"host": HOSTILE}, command=(HOSTILE,))
+    peak = Peak(flop_per_s={"fp32": 2e9}, source=HOSTILE)
+    place = SITE.model_copy(update={"description": HOSTILE, "peak": peak, "setup": (HOSTILE,)})
+    scenario = Scenario(
+        axes=(axis, MODEL),
+        site=place,
+        params={"note": HOSTILE},
+        environment=lambda point: {"host": HOSTILE},
+        command=(HOSTILE,),
+    )
     for source in (troubled, written(tmp_path, scenario)):
         assert "<script" not in source
         assert not re.search(r"\son\w+=", re.sub(r"&#?\w+;", "", source))
@@ -184,15 +318,47 @@ def test_nothing_measured_is_a_page_too(tmp_path: Path) -> None:
 
 
 def test_scaling_names_its_base_and_kind(tmp_path: Path) -> None:
-    gpus = Axis("gpus", "per node", tuple(Rung(str(n), {"gpus": n}, n) for n in (1, 2, 4)))
     scenario = Scenario(
-        axes=(gpus,), step_s=lambda params: {1: 1.0, 2: 1.25, 4: 1.6}[int(params["gpus"])], params={"scaling": "weak"}
+        axes=(GPUS,), step_s=lambda params: {1: 1.0, 2: 1.25, 4: 1.6}[int(params["gpus"])], params={"scaling": "weak"}
     )
     source = written(tmp_path, scenario)
-    row = r'<tr><th scope="row">4</th><td>4</td><td>1</td><td>5\.00</td><td class="measured-value">2\.50 ± 0</td>'
-    assert re.search(row + r"<td>4\.00</td><td>62\.5</td></tr>", source)
+    assert "4 4 1 5.00 2.50 – 4.00 62.5 –" in spaced(source), "one repeat gives no interval"  # noqa: RUF001
     assert "Weak scaling." in text_of(source)
     assert 'id="scaling-speed-up-title"' in source
+
+
+def test_efficiency_has_its_interval(tmp_path: Path) -> None:
+    slower = {(1, 0): 1.0, (1, 1): 1.0, (2, 0): 1.25, (2, 1): 1.6}
+    folders = [
+        make(
+            tmp_path / str(repeat),
+            Scenario(axes=(GPUS,), repeat=2, step_s=lambda p, r=repeat: slower.get((int(p["gpus"]), r), 2.0)),
+        )
+        for repeat in (0, 1)
+    ]
+    for path in folders[1].points.glob("*r1*"):
+        shutil.copytree(path, folders[0].points / path.name, dirs_exist_ok=True)
+    source = page.write(store.gather(folders[0], tmp_path / "results"), tmp_path / "page.html").read_text()
+    ratios = np.log([0.8, 0.625])
+    low, high = (100 * np.exp(ratios.mean() + sign * 12.706 * ratios.std(ddof=1) / 2**0.5) for sign in (-1, 1))
+    assert f"70.7 {numbers.three(low)} to {numbers.three(high)}" in spaced(source)
+
+
+def spaced(source: str) -> str:
+    """The text of the scaling table."""
+    section = source[source.index('aria-label="Scaling"') :]
+    return text_of(section[: section.index("</table>")])
+
+
+def test_many_series_over_ranks_are_split_by_the_first_other_axis(tmp_path: Path) -> None:
+    axes = (GPUS, ladder("data", 8, "mesh"), ladder("model", 7, "width"))
+    source = written(tmp_path / "many", Scenario(axes=axes, steps=2))
+    drawn = re.findall(r'<title id="(scaling-[^"]*)-title"', source)
+    assert drawn == [f"scaling-{n}-{name}" for n in range(6) for name in ("speed-up", "efficiency")]
+    assert "<strong>data=1</strong> 6 of 7 lines shown" in source
+    assert "2 more data figures left out here" in text_of(source)
+    few = written(tmp_path / "few", Scenario(axes=(GPUS, DATA, MODEL), step_s=slower_together))
+    assert re.findall(r'<title id="(scaling-[^"]*)-title"', few) == ["scaling-speed-up", "scaling-efficiency"]
 
 
 def test_claims_are_judged_on_the_page(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -159,6 +163,205 @@ def test_a_truncated_file_is_one_clear_error(results: Path, keep: int) -> None:
     results.write_bytes(content[:keep] if keep >= 0 else content[: len(content) * 9 // 10])
     with pytest.raises(SaihError, match=r"synthetic-sweep\.h5"):
         store.load(results)
+
+
+def no_sweep(file: h5py.File) -> None:
+    del file.attrs["sweep"]
+
+
+def broken_sweep(file: h5py.File) -> None:
+    file.attrs["sweep"] = '{"format": 1'
+
+
+def edited_sweep(file: h5py.File) -> None:
+    file.attrs["sweep"] = file.attrs["sweep"].replace("testbed", "testbad")
+
+
+def no_column(file: h5py.File) -> None:
+    del file["points/status"]
+
+
+def no_columns(file: h5py.File) -> None:
+    del file["points"].attrs["columns"]
+
+
+def fewer_columns(file: h5py.File) -> None:
+    columns = [name for name in file["points"].attrs["columns"] if name != "status"]
+    file["points"].attrs["columns"] = columns
+
+
+def renamed_columns(file: h5py.File) -> None:
+    names = list(file["samples"].attrs["columns"])
+    there, here = names.index("input_s"), names.index("other_s")
+    names[there], names[here] = names[here], names[there]
+    file["samples"].attrs["columns"] = names
+
+
+def other_length(file: h5py.File) -> None:
+    del file["points/seed"]
+    file["points/seed"] = [0]
+
+
+def dataset_for_group(file: h5py.File) -> None:
+    del file["ranks"]
+    file["ranks"] = [0]
+
+
+def integer_environments(file: h5py.File) -> None:
+    del file["environments"]
+    file["environments"] = [1, 2]
+
+
+def edited_environments(file: h5py.File) -> None:
+    file["environments"][0] = "{}"
+
+
+def no_checksum(file: h5py.File) -> None:
+    del file["samples"].attrs["sha256"]
+
+
+def one_number(file: h5py.File) -> None:
+    file["samples/compute_s"][3] = file["samples/compute_s"][3] * (1 + 1e-12)
+
+
+def one_text(file: h5py.File) -> None:
+    file["points/status"][0] = "missing"
+
+
+def missing_number(file: h5py.File) -> None:
+    file["ranks/host_peak_bytes"][0] = np.nan
+
+
+def no_table(file: h5py.File) -> None:
+    del file["samples"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_sweep, "attribute sweep: damaged"),
+        (broken_sweep, "attribute sweep: damaged"),
+        (edited_sweep, "attribute sweep: damaged .its checksum differs"),
+        (no_column, "table points: damaged .*status"),
+        (no_columns, "table points: damaged .*columns"),
+        (fewer_columns, "table points: damaged .its checksum differs"),
+        (renamed_columns, "table samples: damaged .its checksum differs"),
+        (other_length, "table points: damaged"),
+        (dataset_for_group, "table ranks: damaged"),
+        (integer_environments, "environments: damaged"),
+        (edited_environments, "environments: damaged .its checksum differs"),
+        (no_checksum, "table samples: damaged .it has no checksum"),
+        (one_number, "table samples: damaged .its checksum differs"),
+        (one_text, "table points: damaged .its checksum differs"),
+        (missing_number, "table ranks: damaged .its checksum differs"),
+        (no_table, "damaged: samples missing"),
+    ],
+)
+def test_damage_is_named_with_file_and_table(results: Path, damage: Callable[[h5py.File], None], message: str) -> None:
+    with h5py.File(results, "r+") as file:
+        damage(file)
+    with pytest.raises(SaihError, match=rf"synthetic-sweep\.h5: {message}"):
+        everything(results)
+
+
+def test_a_sweep_of_other_content_is_refused(results: Path) -> None:
+    for told in ({"format": 2}, {"format": 1}, [1]):
+        text = json.dumps(told)
+        with h5py.File(results, "r+") as file:
+            file.attrs["sweep"], file.attrs["sweep_sha256"] = text, store._sha256([text])
+        with pytest.raises(SaihError, match=r"synthetic-sweep\.h5: attribute sweep: damaged"):
+            store.load(results)
+
+
+def everything(path: Path) -> list[Any]:
+    frames = [store.load(path), store.load_samples(path), store.load_ranks(path)]
+    return [*[frame.to_dict("list") for frame in frames], frames[0].attrs]
+
+
+def test_no_flipped_byte_goes_unnoticed(results: Path) -> None:
+    """Anywhere in the file: it is refused, or what it says is what was measured."""
+    whole = results.read_bytes()
+    with h5py.File(results) as file:
+        start = file["samples/compute_s"].id.get_offset()
+        names = [name for table in store.TABLES for name in (f"{table}/{each}" for each in file[table])]
+        data = [(file[name].id.get_offset(), file[name].id.get_storage_size()) for name in names]
+    chance = random.Random(0)  # noqa: S311
+    inside = [chance.randrange(begin, begin + size) for begin, size in data if begin and size]
+    anywhere = [chance.randrange(len(whole)) for _ in range(60)]
+    truth = repr(everything(results))
+    refused = []
+    for place in [start, *inside, *anywhere]:
+        results.write_bytes(whole[:place] + bytes([whole[place] ^ 0x11]) + whole[place + 1 :])
+        try:
+            assert repr(everything(results)) == truth, place
+        except SaihError as error:
+            assert "synthetic-sweep.h5: " in str(error)  # noqa: PT017
+            refused.append(place)
+    assert {start, *inside} <= set(refused)
+
+
+def test_the_checksum_is_the_documented_one(results: Path) -> None:
+    """results/README.md, followed without saih."""
+    with h5py.File(results) as file:
+        for table in store.TABLES:
+            total = hashlib.sha256()
+            for name in file[table].attrs["columns"]:
+                values = file[table][name][:]
+                kind = "text" if values.dtype == object else values.dtype.str
+                total.update(name.encode() + b"\0" + kind.encode() + b"\0")
+                total.update(b"".join(each + b"\0" for each in values) if kind == "text" else values.tobytes())
+            assert file[table].attrs["sha256"] == total.hexdigest()
+
+
+def test_the_reference_results_are_whole() -> None:
+    (path,) = (Path(__file__).parent.parent / "results" / "reference").glob("*.h5")
+    assert all(everything(path))
+
+
+@pytest.mark.parametrize("content", ["{}", "null", "[]", '{"format": 1}', '{"format": 99}', "{"])
+@pytest.mark.parametrize("name", ["measurement.json", "failure.json", "sweep.json"])
+def test_a_damaged_record_is_named_and_not_gathered(
+    tmp_path: Path, scenario: Scenario, name: str, content: str
+) -> None:
+    folder = make(tmp_path / "jobs", scenario)
+    victim = next(folder.path.rglob(name))
+    victim.write_text(content)
+    with pytest.raises(SaihError, match=rf"^{re.escape(str(victim))}: "):
+        store.gather(folder, tmp_path / "results")
+    assert not list(tmp_path.glob("results/*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("measurement.json", "check", None),
+        ("measurement.json", "check", {"error": "small"}),
+        ("measurement.json", "hosts", 3),
+        ("measurement.json", "per_rank", {"setup_s": []}),
+        ("measurement.json", "environment", "here"),
+        ("measurement.json", "ranks", None),
+        ("sweep.json", "points", [{}]),
+        ("sweep.json", "points", None),
+        ("sweep.json", "pruned", [{"point": 3}]),
+        ("sweep.json", "axes", [3]),
+    ],
+)
+def test_a_record_with_a_senseless_value_is_named(
+    tmp_path: Path, scenario: Scenario, name: str, key: str, value: object
+) -> None:
+    folder = make(tmp_path / "jobs", scenario)
+    victim = next(folder.path.rglob(name))
+    victim.write_text(json.dumps(json.loads(victim.read_text()) | {key: value}))
+    with pytest.raises(SaihError, match=rf"^{re.escape(str(victim))}: damaged"):
+        store.gather(folder, tmp_path / "results")
+
+
+def test_a_log_that_is_no_text_is_kept_as_far_as_it_is(tmp_path: Path) -> None:
+    """A node that dies may leave NULs in its log; HDF5 text ends at the first one."""
+    tail = "last words\0\0\ud800 end"
+    failed = Scenario(outcome=lambda point: Outcome("failed", "died", "gone", tail))
+    points = store.load(store.gather(make(tmp_path / "jobs", failed), tmp_path / "results"))
+    assert set(points["log_tail"]) == {"last words\ufffd\ufffd? end"}
 
 
 def test_other_files_and_other_formats_are_refused(results: Path, tmp_path: Path) -> None:

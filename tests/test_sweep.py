@@ -61,9 +61,9 @@ def test_axes_with_rungs_can_stand_in_one_word_or_in_many(axes: dict[str, list[s
     assert parse_axes([",".join(words)]) == axes
 
 
-@pytest.mark.parametrize("words", [["=32"], ["data,,model"], [""], ["data,"], [",data"]])
+@pytest.mark.parametrize("words", [["=32"], ["data,,model"], [""], ["data,"], [",data"], [","], [",,"], ["data", ","]])
 def test_an_axis_needs_a_name(words: list[str]) -> None:
-    with pytest.raises(SaihError, match="--axis data,model or --axis data=32,64"):
+    with pytest.raises(SaihError, match="an axis has no name; write --axis data,model or --axis data=32,64"):
         parse_axes(words)
 
 
@@ -125,7 +125,7 @@ def test_a_parameter_is_set_in_one_place() -> None:
 
 def test_the_grid_is_full_and_repeats_are_outermost() -> None:
     sweep = replace(make(axes={"data": ["64", "32"], "gpus": ["1", "2"]}, batch="4"), repeat=3, seed=7)
-    grid = points(sweep, {"warmup": 1, "batch": 8, "of another workload": 3})
+    grid = points(sweep, {"warmup": 1, "batch": 8, "kernel": "copy"})  # the last is for another workload
     combinations = list(itertools.product((0, 1, 2), ("32", "64"), ("1", "2")))
     assert [(p.repeat, p.labels["data"], p.labels["gpus"]) for p in grid] == combinations
     assert [(p.params["mesh"], p.gpus) for p in grid] == [(int(mesh), int(gpus)) for _, mesh, gpus in combinations]
@@ -152,6 +152,28 @@ def test_grid_size(data: list[str], model: list[str], repeat: int) -> None:
 def test_a_site_default_that_does_not_fit_is_refused() -> None:
     with pytest.raises(SaihError, match="site local: defaults: batch must be at least 1"):
         points(make(), {"batch": 0})
+
+
+def test_a_site_default_that_no_workload_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SaihError, match="site local: defaults: unknown parameter 'gpuss'; did you mean gpus") as caught:
+        points(make(), {"batch": 2, "gpuss": 2})
+    assert "kernel" in str(caught.value), "those of other workloads are valid too"
+    packages = dict(workload.packages()) | {"broken": "no.such.package"}
+    monkeypatch.setattr(workload, "packages", lambda: packages)
+    assert points(make(), {"kernel": "copy"}), "a workload that is broken spoils nothing"
+    with pytest.raises(SaihError, match="unknown parameter 'gpuss'"):
+        points(make(), {"gpuss": 2})
+
+
+def test_a_grid_beyond_all_bounds_is_refused_before_it_is_built() -> None:
+    values = [str(number) for number in range(1, 1001)]
+    sweep = make(axes={"batch": values, "warmup": values})
+    with pytest.raises(
+        SaihError, match=r"2,000,000 points \(batch 1000 x warmup 1000 x 2 repeats\), more than 1,000,000"
+    ):
+        points(replace(sweep, repeat=2), {})
+    with pytest.raises(SaihError, match=r"6,000,000,000,000 points"):
+        points(replace(make(), repeat=10**12), {})
 
 
 def name_of(sweep: Sweep) -> str:
@@ -229,12 +251,24 @@ AXES = "axes: {data: [32]}\n"
         ("workload: cosmoflow\n", rf"^bad\.yaml: key axes is missing; {KEYS}"),
         ("", rf"^bad\.yaml: must be a mapping of keys; {KEYS}"),
         ("- data\n- model\n", rf"^bad\.yaml: must be a mapping of keys; {KEYS}"),
-        ("axes: [data]\n", r"^bad\.yaml:1: axes: .* valid dictionary, not \['data'\]"),
-        ("axes:\n  model:\n  data: 32\n", r"^bad\.yaml:3: axes\.data: .* valid list, not 32"),
+        ("axes: [data]\n", r"^bad\.yaml:1: axes: must be a mapping of keys, not \['data'\]; write axes: {data"),
+        (
+            "axes:\n  model:\n  data: 32\n",
+            r"^bad\.yaml:3: axes\.data: must be a list, not 32; write axes: {data: \[32, 64\], model: }",
+        ),
         (AXES + "repeat: often\n", r"^bad\.yaml:2: repeat: .* valid integer.*, not 'often'"),
         (AXES + "repeat: 0\n", r"^bad\.yaml:2: repeat: .*greater than 0, not 0"),
         (AXES + "seed: -1\n", r"^bad\.yaml:2: seed: .*greater than or equal to 0, not -1"),
-        (AXES + "set:\n  batch: 2\n  width: [1]\n", r"^bad\.yaml:4: set\.width: .*not \[1\]"),
+        (
+            AXES + "set:\n  batch: 2\n  width: [1]\n",
+            r"^bad\.yaml:4: set\.width: must be true .*, not \[1\]; write set: {width: 4",
+        ),
+        (
+            AXES + "set: {width: [4]}\n",
+            r"set\.width: must be true or false, a whole number, a number or text, not \[4\]",
+        ),
+        ("axes: {data: 16}\n", r"^bad\.yaml:1: axes\.data: must be a list, not 16; write axes: .* list of rungs"),
+        ("axes: {data: [[16]]}\n", r"^bad\.yaml:1: axes\.data\.0: must be true .*, not \[16\]; write axes: "),
         (AXES + "set: {width: wide}\n", r"^bad\.yaml: width must be a whole number, not 'wide'"),
         (AXES + "set: {width: 0}\n", r"^bad\.yaml: width must be at least 1, not 0"),
         (AXES + "set: {widht: 4}\n", r"^bad\.yaml: unknown parameter 'widht'; did you mean width"),

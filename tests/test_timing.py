@@ -1,13 +1,17 @@
 """The clock: phases add up to the step, counted on a clock that the test turns by hand."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saih import worker
 from saih.core import PHASES, Check, Clock, Work
 from saih.timing import StepClock, run_steps
 
@@ -113,3 +117,43 @@ def test_the_real_clock_goes_forward() -> None:
     row = dict(zip(PHASES, clock.stop(), strict=True))
     assert row["compute"] > 0
     assert all(seconds >= 0 for seconds in row.values())
+
+
+class FakeEvent:
+    """A device event whose clock is advanced by hand; elapsed_time is in milliseconds, as CUDA's is."""
+
+    now_ms = 0.0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at_ms = FakeEvent.now_ms
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at_ms - self.at_ms
+
+
+def test_on_a_gpu_phases_are_device_time_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    synchronised: list[float] = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronised.append(FakeEvent.now_ms))
+    clock = StepClock("cuda:0")
+    FakeEvent.now_ms = 1000.0
+    clock.start()
+    FakeEvent.now_ms = 1002.0
+    clock.enter("compute")
+    FakeEvent.now_ms = 1010.0
+    assert dict(zip(PHASES, clock.stop(), strict=True))["compute"] == pytest.approx(8e-3)
+    assert synchronised == [1000.0, 1010.0]  # before the first mark and after the last
+
+
+def test_fp32_means_fp32() -> None:
+    before = torch.backends.fp32_precision
+    try:
+        worker._strict_fp32()
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+        torch.backends.cudnn.benchmark = False

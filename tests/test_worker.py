@@ -173,8 +173,15 @@ def test_a_pack_survives_the_file(tmp_path: Path) -> None:
     assert (pack.ranks, pack.folder) == (2, tmp_path)
 
 
+@pytest.mark.parametrize("content", [{}, None, {"format": 99}, {"format": FORMAT, "name": "000"}])
+def test_a_damaged_pack_is_named(tmp_path: Path, content: object) -> None:
+    write_json(tmp_path / "pack.json", content)
+    with pytest.raises(SaihError, match=r"pack\.json: "):
+        worker.Pack.read(tmp_path / "pack.json")
+
+
 def test_a_process_no_launcher_started_is_told_so() -> None:
-    with pytest.raises(SaihError, match="no launcher set 'RANK'"):
+    with pytest.raises(SaihError, match="no launcher told this process its rank"):
         launchers.place({})
     assert launchers.place({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == Place(3, 1, 4)
 

@@ -19,16 +19,23 @@ def find_ceilings(cells: pd.DataFrame, environment: Mapping[str, Any]) -> dict[s
     measured = cells[cells["status"] == "measured"]
     rates: dict[str, float] = {}
     sources: dict[str, str] = {}
+    intervals: dict[str, list[float]] = {}
     for precision, group in measured[measured["param_kernel"] != "copy"].groupby("precision"):
         best = group.loc[(group["flop"] / group["step_s"]).idxmax()]
         rates[str(precision)] = float(best["flop"] / best["step_s"])
+        intervals[str(precision)] = [float(best["flop"] / best[end]) for end in ("step_s_high", "step_s_low")]
         sources[str(precision)] = f"{best['param_kernel']} of size {best['param_size']:g}"
     copies = measured[measured["param_kernel"] == "copy"]
     if not copies.empty:
         largest = copies.loc[(copies["moved_bytes"]).idxmax()]
         rates["copy"] = float(largest["moved_bytes"] / largest["step_s"])
         sources["copy"] = f"copy of {largest['moved_bytes'] / 2e6:.0f} MB"
-    return {"rates": rates, "sources": sources, "machine": {key: environment.get(key) for key in MATCHING}}
+    return {
+        "rates": rates,
+        "intervals": intervals,
+        "sources": sources,
+        "machine": {key: environment.get(key) for key in MATCHING},
+    }
 
 
 def mismatch(ceilings: Mapping[str, Any], environment: Mapping[str, Any]) -> str:

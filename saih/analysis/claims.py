@@ -40,7 +40,11 @@ def evaluate(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> dict
         return told | {"why": pairs}
     logs = np.log(pairs["ratio"]).groupby(pairs["repeat"]).mean().to_numpy()
     ratio, low, high = log_mean_interval(logs)
-    told |= {"measured": ratio, "pairs": int(pairs.groupby("repeat").size().max()), "predicted": _predicted(pairs)}
+    told |= {
+        "measured": ratio,
+        "pairs": int(pairs.groupby("repeat").size().max()),
+        "predicted": _predicted(claim, pairs),
+    }
     if np.isnan(low):
         return told | {"why": "one repeat gives no interval; run with --repeat 3"}
     return told | {"interval": [low, high]} | _verdict(claim, low, high)
@@ -137,7 +141,10 @@ def _prediction(points: pd.DataFrame, table: pd.DataFrame, metric: str) -> pd.Se
     return amount[metric] / planned["predicted_step_s"] if metric in amount else planned["predicted_step_s"] * np.nan
 
 
-def _predicted(pairs: pd.DataFrame) -> float | None:
+def _predicted(claim: Claim, pairs: pd.DataFrame) -> float | None:
+    """The roofline's ratio; it knows nothing of communication, so it says nothing where ranks differ."""
+    if {"nodes", "gpus"} & {*claim.numerator, *claim.denominator}:
+        return None
     ratio = float(np.exp(np.log(pairs["predicted"]).mean()))
     return ratio if np.isfinite(ratio) else None
 

@@ -11,14 +11,15 @@ import pandas as pd
 from saih.analysis.cells import labels_of
 from saih.analysis.scaling import RESOURCES
 from saih.core import Axis
-from saih.report.figures import MOST_LINES, Ideals, Line, Panel, Scale
+from saih.report.figures import MOST_LINES, SERIES_COLOURS, Ideals, Line, Panel, Scale
 from saih.report.grid import MOST_GROUPS, Layout, is_logarithmic, is_sized, layout, left_out, spread, words
 from saih.report.results import PERCENTAGES, Results
 
 MOST_TICKS = 10
 Series = Sequence[tuple[str, pd.DataFrame]]
 """What to call each line, and its cells."""
-DENOMINATORS = {"percent_of_peak": "% of measured ceiling", "percent_of_datasheet": "% of data sheet"}
+MOST_TOGETHER = 4
+"""Series over ranks in one panel; where there are more, a panel each for the rungs of another axis."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,13 @@ def percent_curves(results: Results) -> tuple[list[Group], str]:
         return [], ""
     plan = layout(results.axes)
     combinations = list(plan.split(cells))
-    top = _top(cells, known)
+    reach = cells[known].mul(cells["step_s"] / cells["step_s_low"], axis=0)
+    top = _top(float(cells[known].max().max()), float(reach.max().max()))
     groups = []
     for number, (labels, group) in enumerate(combinations[:MOST_GROUPS]):
         series, notes = _bounded(plan.series(group))
         panels = [
-            _percent_panel(f"peak-{number}-{place}", column, labels, series, plan, top)
+            _percent_panel(f"peak-{number}-{place}", column, results.denominators[column], labels, series, plan, top)
             for place, column in enumerate(known)
         ]
         groups.append(Group(words(labels), panels, notes))
@@ -67,29 +69,49 @@ def rate_curves(results: Results) -> Group:
     return Group("", panels, notes)
 
 
-def scaling_curves(scaled: pd.DataFrame) -> Group:
-    """Speed-up and efficiency over ranks, a line for each series that differs in nothing else, with the ideal."""
-    others = [axis for axis in labels_of(scaled) if axis not in RESOURCES]
-    groups = scaled.groupby([f"label_{axis}" for axis in others], sort=False) if others else [((), scaled)]
-    series, notes = _bounded(
-        [(words(dict(zip(others, map(str, labels), strict=True))), group) for labels, group in groups]
-    )
-    ranks = sorted(scaled["ranks"].unique())
-    ladders = [[rank for rank in ranks if rank >= base] for base in sorted(scaled["base_ranks"].unique())]
-    speed_ups = [(ladder, [rank / ladder[0] for rank in ladder]) for ladder in ladders]
-    panels = [
-        _scaling_panel("speed-up", series, "speed_up", 1, ranks, speed_ups),
-        _scaling_panel("efficiency (%)", series, "efficiency", 100, ranks, [(ranks, [100.0] * len(ranks))]),
+def scaling_curves(scaled: pd.DataFrame) -> tuple[list[Group], str]:
+    """Speed-up and efficiency over ranks, a line for each series that differs in nothing else, with the ideal.
+
+    Where many series would cover each other, a group for each rung of the first other axis; and what is left out.
+    """
+    others = [axis for axis in labels_of(scaled) if axis not in RESOURCES and scaled[f"label_{axis}"].nunique() > 1]
+    if len(others) < 2 or len(_series_over_ranks(scaled, others)) <= MOST_TOGETHER:
+        return [_scaling_group("scaling", "", scaled, others, scaled)], ""
+    first, *rest = others
+    parts = list(scaled.groupby(f"label_{first}", sort=False))
+    groups = [
+        _scaling_group(f"scaling-{number}", f"{first}={label}", part, rest, scaled)
+        for number, (label, part) in enumerate(parts[:MOST_GROUPS])
     ]
-    return Group("", panels, notes)
+    return groups, left_out(len(parts), f"{first} figure")
+
+
+def _scaling_group(name: str, caption: str, part: pd.DataFrame, axes: Sequence[str], scaled: pd.DataFrame) -> Group:
+    """Panels of one part of the cells, on the scales of all, so that groups can be compared."""
+    series, notes = _bounded(_series_over_ranks(part, axes), SERIES_COLOURS)
+    ranks = sorted(scaled["ranks"].unique())
+    ladders = [[rank for rank in ranks if rank >= base] for base in sorted(part["base_ranks"].unique())]
+    ideals = [(ladder, [rank / ladder[0] for rank in ladder]) for ladder in ladders]
+    panels = [
+        _scaling_panel(name, "speed-up", series, "speed_up", scaled, ideals),
+        _scaling_panel(name, "efficiency (%)", series, "efficiency", scaled, [(ranks, [100.0] * len(ranks))]),
+    ]
+    return Group(caption, panels, notes)
+
+
+def _series_over_ranks(scaled: pd.DataFrame, axes: Sequence[str]) -> Series:
+    if not axes:
+        return [("", scaled)]
+    groups = scaled.groupby([f"label_{axis}" for axis in axes], sort=False)
+    return [(words(dict(zip(axes, map(str, labels), strict=True))), group) for labels, group in groups]
 
 
 def _percent_panel(
-    name: str, column: str, labels: Mapping[str, str], series: Series, plan: Layout, top: float
+    name: str, column: str, denominator: str, labels: Mapping[str, str], series: Series, plan: Layout, top: float
 ) -> Panel:
     lines = [_percent_line(label, group, plan, column) for label, group in series]
-    title = f"{DENOMINATORS[column]} over {plan.across.name}" + (f" at {words(labels)}" if labels else "")
-    return Panel(name, title, _told(title, lines), lines, _scale(plan.across), DENOMINATORS[column], top)
+    title = f"% of {denominator} over {plan.across.name}" + (f" at {words(labels)}" if labels else "")
+    return Panel(name, title, _told(title, lines), lines, _scale(plan.across), f"% of {denominator}", top)
 
 
 def _rate_panel(unit: str, amount: str, series: Series, across: Axis) -> Panel:
@@ -102,26 +124,26 @@ def _rate_panel(unit: str, amount: str, series: Series, across: Axis) -> Panel:
     return Panel(f"rate-{amount.replace('_', '-')}", title, _told(title, lines), lines, _scale(across), unit)
 
 
-def _scaling_panel(
-    label: str, series: Series, column: str, factor: float, ranks: Sequence[float], ideals: Ideals
-) -> Panel:
+def _scaling_panel(group: str, label: str, series: Series, column: str, scaled: pd.DataFrame, ideals: Ideals) -> Panel:
+    """`column` of each series; efficiency in per cent."""
+    factor = 100 if column == "efficiency" else 1
     lines = []
-    for name, group in series:
-        group = group.sort_values("ranks")
-        y = factor * group[column]
-        error = y * group["speed_up_error"] / group["speed_up"]
-        lines.append(_line(name, group["ranks"], y, y - error, y + error))
+    for name, cells in series:
+        cells = cells.sort_values("ranks")
+        values = (factor * cells[f"{column}{end}"] for end in ("", "_low", "_high"))
+        lines.append(_line(name, cells["ranks"], *values))
+    ranks = sorted(scaled["ranks"].unique())
     logarithmic = is_logarithmic(ranks)
     scale = Scale("ranks", _ticks(ranks, [f"{rank:g}" for rank in ranks], logarithmic), True, logarithmic)
     title = f"{label} over ranks"
-    name = f"scaling-{column.replace('_', '-')}"
-    return Panel(name, title, _told(title, lines), lines, scale, label, ideals=ideals)
+    highest = max(factor * scaled[column].max(), *(max(y) for _, y in ideals))
+    top = _top(highest, factor * scaled[f"{column}_high"].max())
+    name = f"{group}-{column.replace('_', '-')}"
+    return Panel(name, title, _told(title, lines), lines, scale, label, top, ideals)
 
 
-def _top(cells: pd.DataFrame, columns: Sequence[str]) -> float:
+def _top(highest: float, reach: float) -> float:
     """Where the y axis ends: above the intervals, but not so far that a wide one flattens the curves."""
-    highest = float(cells[columns].max().max())
-    reach = float(cells[columns].mul(cells["step_s"] / cells["step_s_low"], axis=0).max().max())
     return min(1.04 * reach, 1.3 * highest) if reach > highest else 1.06 * highest
 
 
@@ -147,8 +169,8 @@ def _every_series(plan: Layout, cells: pd.DataFrame) -> Iterator[tuple[str, pd.D
             yield " ".join(part for part in (label, *labels.values()) if part), line
 
 
-def _bounded(series: Series) -> tuple[Series, list[str]]:
-    kept = spread(series, MOST_LINES)
+def _bounded(series: Series, most: int = MOST_LINES) -> tuple[Series, list[str]]:
+    kept = spread(series, most)
     return kept, [f"{len(kept)} of {len(series)} lines shown, evenly spaced."] if len(kept) < len(series) else []
 
 

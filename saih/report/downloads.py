@@ -41,7 +41,7 @@ def downloads(results: Results) -> list[Download]:
 
 def _cells(results: Results) -> pd.DataFrame:
     labels = [f"label_{axis}" for axis in labels_of(results.cells)]
-    resources = ["memory_bytes", "storage_read_bytes", "file_read_bytes"]
+    resources = [results.memory, "storage_read_bytes", "file_read_bytes"]
     columns = [*labels, "status", "kind", "reason", "ranks", "precision", "predicted_step_s", *STATISTICS, *resources]
     return results.cells[columns].reset_index()
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from saih.analysis.numbers import plural
 from saih.analysis.scaling import RESOURCES
 from saih.core import Axis, Rung
-from saih.report.numbers import plural
 
 Item = TypeVar("Item")
 
@@ -83,7 +83,7 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
     return [items[place] for place in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
-def words(labels: Mapping[str, str]) -> str:
+def words(labels: Mapping[str, object]) -> str:
     """Labels as a caption: "gpus=2 precision=bf16"."""
     return " ".join(f"{axis}={label}" for axis, label in labels.items())
 

@@ -10,14 +10,15 @@ import jinja2
 from markupsafe import Markup
 
 from saih import __version__
+from saih.analysis import numbers
 from saih.analysis.scaling import scaling
 from saih.files import write_atomic
-from saih.report import curves, numbers, tables
+from saih.report import asked, curves, tables
 from saih.report.downloads import downloads
 from saih.report.figures import draw
 from saih.report.grid import layout
 from saih.report.results import Results, read
-from saih.report.summary import chosen_ceilings, is_ceilings, plain, summarize
+from saih.report.summary import ceiling_intervals, chosen_ceilings, is_ceilings, plain, summarize
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
@@ -30,7 +31,7 @@ def write(results: Path, output: Path) -> Path:
 
 
 def headline(results: Path) -> str:
-    """The headline in one or two lines of plain text."""
+    """The headline in a few lines of plain text."""
     return plain(summarize(read(results)))
 
 
@@ -55,6 +56,14 @@ def _content(results: Results) -> dict[str, Any]:
         "results": results,
         "sweep": results.sweep,
         "command": shlex.join(results.sweep["command"]),
+        "in_full": asked.in_full(results.sweep),
+        "asked_axes": asked.axis_rows(results.axes),
+        "same_settings": asked.same_settings(results.points),
+        "site_file": asked.site_file(results.sweep),
+        "of": results.denominators,
+        "sheet": results.denominators["percent_of_datasheet"],
+        "on_cpu": results.memory == "host_peak_bytes",
+        "ceiling_intervals": ceiling_intervals(results.sweep["ceilings"]),
         "axes": results.axes,
         "across": plan.across,
         "down": plan.lines,
@@ -79,8 +88,9 @@ def _content(results: Results) -> dict[str, Any]:
 
 def _rates(results: Results) -> dict[str, Any]:
     found = chosen_ceilings(results)
+    intervals = ceiling_intervals(found)
     chosen = [
-        (name, numbers.si(rate, "B/s" if name == "copy" else "FLOP/s"), found["sources"][name])
+        (name, numbers.si(rate, "B/s" if name == "copy" else "FLOP/s"), intervals.get(name, ""), found["sources"][name])
         for name, rate in found["rates"].items()
     ]
     return {"chosen": chosen, "group": curves.rate_curves(results), "rows": tables.rate_rows(results)}
@@ -90,9 +100,10 @@ def _scaling(results: Results) -> dict[str, Any] | None:
     """Speed-up and efficiency, or None where ranks do not vary."""
     if results.measured.empty:
         return None
-    scaled = scaling(results.cells)
+    scaled = scaling(results.cells, results.by_point)
     if scaled.empty:
         return None
     kinds = sorted(scaled["param_scaling"].unique()) if "param_scaling" in scaled else []
+    groups, left = curves.scaling_curves(scaled)
     rows = tables.scaling_rows(results.axes, scaled)
-    return {"kinds": kinds, "group": curves.scaling_curves(scaled), "rows": rows, "total": len(scaled)}
+    return {"kinds": kinds, "groups": groups, "left": left, "rows": rows, "total": len(scaled)}

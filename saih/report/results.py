@@ -15,7 +15,7 @@ from saih.analysis.cells import RATES, job_steps, per_cell, per_point
 from saih.analysis.claims import evaluate_all
 from saih.core import PHASES, Axis
 from saih.errors import SaihError
-from saih.report.grid import axes_of
+from saih.report.grid import axes_of, words
 from saih.workload import Spec
 
 STATUSES = ("measured", "failed", "pruned", "missing")
@@ -36,10 +36,12 @@ class Results:
     points: pd.DataFrame
     samples: pd.DataFrame
     cells: pd.DataFrame
-    """`per_cell`, with `memory_bytes` (largest rank) and bytes read in a step by all ranks together."""
+    """`per_cell`, with peak memory of the largest rank and bytes read in a step by all ranks together."""
     spec: Spec | None
     """None where the results come from a workload that is not installed here."""
     claims: list[dict[str, Any]]
+    by_point: pd.DataFrame
+    """`per_point`: one row a repeat of a measured cell."""
 
     @property
     def sweep(self) -> Mapping[str, Any]:
@@ -66,9 +68,20 @@ class Results:
     def work_unit(self) -> str:
         return self.spec.WORK_UNIT if self.spec else "units of work"
 
+    @property
+    def denominators(self) -> dict[str, str]:
+        """What 100 % is of each of `PERCENTAGES`. Makers of CPUs state no FLOP/s: saih works out a nominal figure."""
+        nominal = str(self.sweep["site"]["peak"]["source"]).startswith("nominal")
+        return dict(zip(PERCENTAGES, ("measured ceiling", "nominal peak" if nominal else "data sheet"), strict=True))
+
+    @property
+    def memory(self) -> str:
+        """The column of `cells` with the peak memory of the largest rank."""
+        return _memory(self.sweep)
+
     def labels(self, cell: Mapping[str, Any] | pd.Series) -> str:
         """A cell by its labels: "data=64 model=w16"."""
-        return " ".join(f"{axis.name}={cell[f'label_{axis.name}']}" for axis in self.axes)
+        return words({axis.name: cell[f"label_{axis.name}"] for axis in self.axes})
 
 
 def read(path: Path) -> Results:
@@ -81,7 +94,8 @@ def read(path: Path) -> Results:
     claims = evaluate_all(spec.CLAIMS, points, measured, sweep["workload"]) if spec else []
     cells = per_cell(points, steps, sweep)
     cells = cells.assign(**{name: np.nan for name in ("ranks", *STATISTICS) if name not in cells})
-    return Results(path, points, samples, _with_resources(cells, points, steps, ranks), spec, claims)
+    cells = _with_resources(cells, points, steps, ranks)
+    return Results(path, points, samples, cells, spec, claims, measured)
 
 
 def _spec(name: str) -> Spec | None:
@@ -95,10 +109,14 @@ def _with_resources(
     cells: pd.DataFrame, points: pd.DataFrame, steps: pd.DataFrame, ranks: pd.DataFrame
 ) -> pd.DataFrame:
     """Add peak memory of the largest rank, of all repeats; and bytes read a step, all ranks, median over repeats."""
-    found = ranks.reindex(columns=["point", "device_peak_bytes", "host_peak_bytes", *READS])
-    memory = found["device_peak_bytes"].fillna(found["host_peak_bytes"])
+    column = _memory(points.attrs["sweep"])
+    found = ranks.reindex(columns=["point", column, *READS])
     cell = points["cell"].reindex(found["point"]).to_numpy()
     timed = steps.groupby("point").size()
     reads = found.groupby("point")[list(READS)].sum(min_count=1).div(timed, axis=0)
     reads = reads.groupby(points["cell"].reindex(reads.index)).median()
-    return cells.join(memory.groupby(cell).max().rename("memory_bytes")).join(reads)
+    return cells.join(found[column].groupby(cell).max()).join(reads)
+
+
+def _memory(sweep: Mapping[str, Any]) -> str:
+    return "host_peak_bytes" if sweep["site"]["device"] == "cpu" else "device_peak_bytes"

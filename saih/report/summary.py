@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from saih.analysis import numbers
 from saih.analysis.ceilings import find_ceilings
 from saih.analysis.cells import peaks
 from saih.probe import WORKLOAD as CEILINGS
-from saih.report import numbers
-from saih.report.results import Results
+from saih.report.results import PERCENTAGES, Results
 from saih.report.tables import counts
 
 
 @dataclass(frozen=True)
 class Range:
-    """Lowest and highest of one quantity over all measured cells, and the cells they were measured in."""
+    """Lowest and highest of one quantity, the cells they were measured in, and how certain they are."""
 
     low: str
     high: str
     of: str
     lowest: str
     highest: str
+    certainty: str = ""
 
     def __str__(self) -> str:
         ends = self.low if self.low == self.high else f"{self.low} -> {self.high}"
         return f"{ends} {self.of}"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The ranges over all cells measured on so many ranks: the first is the one to quote."""
+
+    ranks: str
+    """Empty where all cells have the same."""
+    ranges: list[Range]
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,8 @@ class Summary:
     title: str
     machine: str
     date: str
-    ranges: list[Range]
-    """The range to quote first; the same against the other denominator second."""
+    allocations: list[Allocation]
+    """The fewest ranks; then the most, where ranks vary: more ranks are not a larger application."""
     denominators: list[str]
     """What 100 % is, and where the figure comes from."""
     caveats: list[str]
@@ -50,28 +60,34 @@ class Summary:
 
 def summarize(results: Results) -> Summary:
     """The headline of a results file, with what can honestly be said where ceilings, FLOP or measurements lack."""
-    ranges, caveats = (_ceilings(results), []) if is_ceilings(results) else _ranges(results)
+    probing = is_ceilings(results)
     return Summary(
         results.title,
         _machine(results),
         _date(results.points),
-        ranges,
-        [] if is_ceilings(results) else _denominators(results),
-        caveats,
+        _ceilings(results) if probing else _allocations(results),
+        [] if probing else _denominators(results),
+        [] if probing else _caveats(results),
         counts(results),
         _repeats_failed(results),
     )
 
 
 def plain(summary: Summary) -> str:
-    """One or two lines for a terminal."""
-    if not summary.ranges:
+    """A few lines for a terminal."""
+    if not summary.allocations:
         return f"nothing measured on {summary.machine}"
-    lines = [f"{', '.join(map(str, summary.ranges))}, on {summary.machine}"]
-    ends = summary.ranges[0]
+    first, *more = summary.allocations
+    lines = [f"{_line(first)}, on {summary.machine}{f', {first.ranks}' if first.ranks else ''}"]
+    lines += [f"{_line(each)}, on {each.ranks}" for each in more]
+    ends = first.ranges[0]
     if ends.lowest != ends.highest:
         lines.append(f"lowest at {ends.lowest}, highest at {ends.highest}")
     return "\n".join(lines)
+
+
+def _line(allocation: Allocation) -> str:
+    return ", ".join(map(str, allocation.ranges))
 
 
 def is_ceilings(results: Results) -> bool:
@@ -86,44 +102,88 @@ def chosen_ceilings(results: Results) -> Mapping[str, Any]:
     return find_ceilings(results.cells, results.environments[0])
 
 
-def _ceilings(results: Results) -> list[Range]:
+def ceiling_intervals(ceilings: Mapping[str, Any] | None) -> dict[str, str]:
+    """The 95 % interval of each ceiling that has one."""
+    found = (ceilings or {}).get("intervals") or {}
+    known = {name: ends for name, ends in found.items() if ends}
+    return {name: numbers.span(low, high, _unit(name)) for name, (low, high) in known.items()}
+
+
+def _unit(ceiling: str) -> str:
+    return "B/s" if ceiling == "copy" else "FLOP/s"
+
+
+def _ceilings(results: Results) -> list[Allocation]:
     """The ceilings themselves, one after the other."""
     found = chosen_ceilings(results)
+    intervals = ceiling_intervals(found)
     ranges = []
     for name, rate in found["rates"].items():
-        unit, what = ("B/s", "memory copy") if name == "copy" else ("FLOP/s", f"sustained in {name}")
-        figure = numbers.si(rate, unit)
-        ranges.append(Range(figure, figure, what, found["sources"][name], found["sources"][name]))
-    return ranges
+        what = "memory copy" if name == "copy" else f"sustained in {name}"
+        figure, source = numbers.si(rate, _unit(name)), found["sources"][name]
+        certainty = f"95 % interval {intervals[name]}" if name in intervals else ""
+        ranges.append(Range(figure, figure, what, source, source, certainty))
+    return [Allocation("", ranges)] if ranges else []
 
 
-def _ranges(results: Results) -> tuple[list[Range], list[str]]:
-    caveats = []
-    peak = _range(results, "percent_of_peak", "of measured ceiling", _percent)
-    sheet = _range(results, "percent_of_datasheet", "of data sheet", _percent)
-    if peak is None and sheet is not None:
-        caveats.append("no measured ceiling, so these are percentages of the data sheet alone; saih probe measures it")
-    if peak is None and sheet is None and not results.measured.empty:
-        if (results.measured["flop"] > 0).any():
-            caveats.append("no ceiling and no data sheet for this precision: % of peak cannot be told; run saih probe")
-        else:
-            caveats.append("this workload counts no FLOP: its work per second stands in place of % of peak")
-        work = _range(results, "work_per_s", f"{results.work_unit}/s", numbers.large)
-        return [work] if work else [], caveats
-    return [found for found in (peak, sheet) if found], caveats
+def _allocations(results: Results) -> list[Allocation]:
+    """The ranges on the fewest and, where they vary, on the most ranks."""
+    cells = results.measured
+    counted = sorted(cells["ranks"].unique())
+    ends = counted if len(counted) < 2 else [counted[0], counted[-1]]
+    found = [
+        Allocation(
+            numbers.plural(int(ranks), "rank") if len(ends) > 1 else "",
+            _ranges(results, cells[cells["ranks"] == ranks]),
+        )
+        for ranks in ends
+    ]
+    return [each for each in found if each.ranges]
 
 
-def _range(results: Results, column: str, of: str, form: Any) -> Range | None:
-    values = results.measured[column].dropna()
-    if values.empty:
-        return None
-    low, high = values.idxmin(), values.idxmax()
-    names = [results.labels(results.cells.loc[cell]) for cell in (low, high)]
-    return Range(form(values[low]), form(values[high]), of, *names)
+def _ranges(results: Results, cells: pd.DataFrame) -> list[Range]:
+    """% against each denominator that is known anywhere; else the work per second."""
+    columns = {column: f"of {name}" for column, name in results.denominators.items() if _is_known(results, column)}
+    columns = columns or {"work_per_s": f"{results.work_unit}/s"}
+    return [_range(results, cells, column, of) for column, of in columns.items() if cells[column].notna().any()]
 
 
-def _percent(value: float) -> str:
-    return f"{numbers.three(value)} %"
+def _is_known(results: Results, column: str) -> bool:
+    return bool(results.measured[column].notna().any())
+
+
+def _caveats(results: Results) -> list[str]:
+    peak, sheet = (_is_known(results, column) for column in PERCENTAGES)
+    name = results.denominators["percent_of_datasheet"]
+    if peak or results.measured.empty:
+        return []
+    if sheet:
+        return [f"no measured ceiling, so these are percentages of the {name} alone; saih probe measures it"]
+    if (results.measured["flop"] > 0).any():
+        return [f"no ceiling and no {name} for this precision: % of peak cannot be told; run saih probe"]
+    return ["this workload counts no FLOP: its work per second stands in place of % of peak"]
+
+
+def _range(results: Results, cells: pd.DataFrame, column: str, of: str) -> Range:
+    low, high = (cells.loc[cell] for cell in (cells[column].idxmin(), cells[column].idxmax()))
+    form, unit = (numbers.three, " %") if column in PERCENTAGES else (numbers.large, "")
+    lowest, highest = (f"{form(cell[column])}{unit}" for cell in (low, high))
+    certainty = _certainty(low, high, column, form, unit)
+    return Range(lowest, highest, of, results.labels(low), results.labels(high), certainty)
+
+
+def _certainty(low: pd.Series, high: pd.Series, column: str, form: Callable[[float], str], unit: str) -> str:
+    """The intervals of both ends, what they cover, and from how many repeats."""
+    spans, repeats, covers = [], [], []
+    for cell in (low, high):
+        rates = (cell[column] * cell["step_s"] / cell[step] for step in ("step_s_high", "step_s_low"))
+        spans.append(" to ".join(map(form, rates)) + unit)
+        repeats.append(numbers.plural(int(cell["repeats"]), "repeat"))
+        covers.append(cell["interval"])
+    spans, repeats, covers = (list(dict.fromkeys(each)) for each in (spans, repeats, covers))
+    plural = "s" if len(spans) > 1 else ""
+    told = [f"95 % interval{plural} {' and '.join(spans)}", " and ".join(covers), " and ".join(repeats)]
+    return ", ".join(told)
 
 
 def _denominators(results: Results) -> list[str]:
@@ -136,7 +196,8 @@ def _denominators(results: Results) -> list[str]:
             told.append(f"measured ceiling, {precision}: {numbers.si(measured, 'FLOP/s')} a device ({source})")
         if sheet > 0:
             source = sweep["site"]["peak"]["source"] or "source not stated"
-            told.append(f"data sheet, {precision}: {numbers.si(sheet, 'FLOP/s')} a device ({source})")
+            name = results.denominators["percent_of_datasheet"]
+            told.append(f"{name}, {precision}: {numbers.si(sheet, 'FLOP/s')} a device ({source})")
     return told
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from saih.analysis import numbers
 from saih.core import PHASES, Axis
-from saih.report import numbers
 from saih.report.grid import MOST_GROUPS, layout, left_out, spread, words
 from saih.report.results import PERCENTAGES, STATUSES, Results
 
@@ -80,13 +80,13 @@ def heat_maps(results: Results) -> tuple[list[HeatMap], str]:
 
 
 def main_percentage(results: Results) -> str | None:
-    """% of the measured ceiling where there is one, else of the data sheet, else None."""
+    """% of the measured ceiling where there is one, else of the stated peak, else None."""
     return next((name for name in PERCENTAGES if results.measured[name].notna().any()), None)
 
 
 def cell_rows(results: Results) -> list[dict[str, Any]]:
     """The first rows of the table of all cells."""
-    return [_cell_row(results.axes, cell) for cell in _records(results.cells.head(MOST_ROWS))]
+    return [_cell_row(results, cell) for cell in _records(results.cells.head(MOST_ROWS))]
 
 
 def phase_rows(results: Results) -> tuple[list[str], list[dict[str, Any]]]:
@@ -128,9 +128,10 @@ def scaling_rows(axes: Sequence[Axis], scaled: pd.DataFrame) -> list[dict[str, A
             "base": numbers.whole(cell["base_ranks"]),
             "work": numbers.large(cell["work_per_s"]),
             "speed_up": numbers.three(cell["speed_up"]),
-            "error": numbers.three(cell["speed_up_error"]),
+            "speed_up_interval": _span(cell["speed_up_low"], cell["speed_up_high"]),
             "ideal": numbers.three(cell["ranks"] / cell["base_ranks"]),
             "efficiency": numbers.three(100 * cell["efficiency"]),
+            "efficiency_interval": _span(100 * cell["efficiency_low"], 100 * cell["efficiency_high"]),
         }
         for cell in _records(scaled.head(MOST_ROWS))
     ]
@@ -186,10 +187,10 @@ def _heat(cell: Mapping[str, Any], column: str, top: float) -> Heat:
     return Heat("measured", numbers.three(value), beside, share)
 
 
-def _cell_row(axes: Sequence[Axis], cell: Mapping[str, Any]) -> dict[str, Any]:
+def _cell_row(results: Results, cell: Mapping[str, Any]) -> dict[str, Any]:
     measured = cell["status"] == "measured"
     return {
-        "labels": _labels(axes, cell),
+        "labels": _labels(results.axes, cell),
         "status": cell["status"],
         "kind": cell["kind"],
         "ranks": numbers.whole(cell["ranks"]),
@@ -204,7 +205,7 @@ def _cell_row(axes: Sequence[Axis], cell: Mapping[str, Any]) -> dict[str, Any]:
         "flop": numbers.si(cell["flop_per_s"]) if cell["flop"] > 0 else numbers.ABSENT,
         "peak": numbers.three(cell["percent_of_peak"]),
         "sheet": numbers.three(cell["percent_of_datasheet"]),
-        "memory": numbers.si(cell["memory_bytes"], "B"),
+        "memory": numbers.si(cell[results.memory], "B"),
         "file": numbers.si(cell["file_read_bytes"], "B"),
         "storage": numbers.si(cell["storage_read_bytes"], "B"),
         "cached": cell["storage_read_bytes"] < CACHED_SHARE * cell["file_read_bytes"],
@@ -213,6 +214,11 @@ def _cell_row(axes: Sequence[Axis], cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ratio(measured: float, predicted: float) -> str:
     return f"{numbers.three(measured / predicted)} x" if predicted > 0 and math.isfinite(measured) else ""
+
+
+def _span(low: float, high: float) -> str:
+    """An interval without a unit, and so without a prefix."""
+    return f"{numbers.three(low)} to {numbers.three(high)}" if math.isfinite(low + high) else numbers.ABSENT
 
 
 def _labels(axes: Sequence[Axis], cell: Mapping[str, Any]) -> list[str]:

@@ -42,13 +42,13 @@ CAUSES: dict[str, Cause] = {
 
 
 def submit(script: Path) -> str:
-    """`sbatch`; paths go on the command line, where no quoting can go wrong."""
-    log = str(script.parent / "log.txt").replace("%", "%%")
-    words = ["sbatch", "--parsable", f"--job-name={job_name(script.parent)}", f"--output={log}", str(script)]
-    answer = _call(words)
+    """`sbatch`. The script opens its log itself: in a path of Slurm's own, some characters mean something or fail."""
+    home = script.parent.absolute()
+    words = ["sbatch", "--parsable", f"--job-name={job_name(home)}", "--chdir=/", "--output=/dev/null"]
+    answer = _call([*words, str(home / script.name)])
     if answer.returncode != 0:
         raise SaihError(f"sbatch refused {script}: {_first_line(answer.stderr)}")
-    return _id(answer.stdout.strip().split(";")[0], job_name(script.parent))
+    return _id(answer.stdout.strip().split(";")[0], job_name(home))
 
 
 def find(home: Path) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import secrets
 import shutil
 import signal
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo", "srun")
-START_S = 30.0
+START_S, STOP_S = 30.0, 10.0
 
 CONFIGURATION = """\
 ClusterName=saih
@@ -116,11 +117,11 @@ class Cluster:
         self._daemon("slurmctld")
 
     def stop(self) -> None:
-        """Cancel what runs, then stop every daemon by its pid."""
+        """Cancel what runs, then stop every daemon by its pid; munge last, for the others need it to say goodbye."""
         self.run("scancel", "--me")
         time.sleep(0.2)
-        for pid_file in [*self.folder.glob("slurmd.*.pid"), self.folder / "slurmctld.pid", self.folder / "munged.pid"]:
-            self._stop(pid_file.name)
+        self._stop(*(path.name for path in self.folder.glob("slurmd.*.pid")), "slurmctld.pid")
+        self._stop("munged.pid")
 
     def run(self, *words: str) -> str:
         """The output of a Slurm command."""
@@ -138,8 +139,7 @@ class Cluster:
                 (self.folder / f"gpu{number}").symlink_to("/dev/null")
         text = CONFIGURATION.format(
             host=socket.gethostname().split(".")[0],
-            user=os.environ.get("USER")
-            or subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip(),
+            user=pwd.getpwuid(os.getuid()).pw_name,
             folder=self.folder,
             port=port,
             nodes=self.nodes,
@@ -164,14 +164,24 @@ class Cluster:
                 raise RuntimeError(f"the cluster did not come up; see the logs in {self.folder}: {self.run('sinfo')}")
             time.sleep(0.05)
 
-    def _stop(self, pid_file: str) -> None:
-        path = self.folder / pid_file
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-            pid = int(path.read_text())
-            os.kill(pid, signal.SIGTERM)
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
-                time.sleep(0.02)
+    def _stop(self, *pid_files: str) -> None:
+        """Ask all of them to end, then wait: a daemon that has ended has removed its pid file, or is a zombie."""
+        pids = []
+        for name in pid_files:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
+                pids.append(int((self.folder / name).read_text()))
+                os.kill(pids[-1], signal.SIGTERM)
+        deadline = time.monotonic() + STOP_S
+        while time.monotonic() < deadline and any(_is_alive(pid) for pid in pids):
+            time.sleep(0.02)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def missing_programs() -> list[str]:
