@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
+from saih.core import Axis, Claim, Cost, Parameter, Params, Rung
 
 TITLE = "Faulty: points that fail on purpose"
 PAPER = "none"
@@ -20,5 +20,5 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 def cost(params: Params) -> Cost:
-    step_s = float(params["step_ms"]) / 1e3
-    return Cost(1e6 * int(params["amount"]), 1.0, (Operation(step_s * 1e10, 0.0),))
+    sleeps = int(params["warmup"]) + int(params["steps"])
+    return Cost(1e6 * int(params["amount"]), 1.0, setup_s=sleeps * float(params["step_ms"]) / 1e3)
