@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from saih import cli, store, sweep
+from saih import cli, site, store, sweep
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -140,3 +140,12 @@ def test_every_study_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     for study in studies:
         _, asked = cli._asked(cli._parser().parse_args(["sweep", str(study)]))
         assert sweep.points(asked, {})
+
+
+def test_documented_sites_are_site_files(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"site{number}.yaml"
+        path.write_text(block)
+        assert site.load(str(path)).name == f"site{number}"
