@@ -42,7 +42,9 @@ def test_speed_up_and_efficiency(axis: str) -> None:
     assert found["speed_up"].to_dict() == pytest.approx({"16-2": 1.5, "16-1": 1.0, "64-1": 1.0, "64-4": 3.0})
     assert found["efficiency"].to_dict() == pytest.approx({"16-2": 0.75, "16-1": 1.0, "64-1": 1.0, "64-4": 0.75})
     assert set(found["base_ranks"]) == {1}
-    assert found[[f"{name}_{end}" for name in ("speed_up", "efficiency") for end in ("low", "high")]].isna().all(None)
+    assert (
+        found[[f"{name}_{end}" for name in ("speed_up", "efficiency") for end in ("low", "high")]].isna().all(axis=None)
+    )
 
 
 def test_the_ratio_is_taken_repeat_by_repeat() -> None:

@@ -69,6 +69,18 @@ def login(tmp_path: Path, slurm_cluster: Cluster) -> LoginNode:
     return LoginNode(tmp_path / "home", slurm_cluster)
 
 
+def test_a_job_nobody_knows_has_ended_and_one_of_another_name_is_not_ours(
+    slurm_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm_cluster.environment["SLURM_CONF"])
+    number = slurm_cluster.run("sbatch", "--parsable", "--job-name=theirs", "--chdir=/", "--wrap=sleep 60").strip()
+    states = slurm.states(["99999999 saih-x", f"{number} saih-x", f"{number} theirs"])
+    assert [state.phase for state in states.values()][:2] == ["ended", "ended"]
+    assert states[f"{number} theirs"].phase != "ended"
+    slurm.cancel([f"{number} theirs"])
+    wait_until(lambda: slurm.states([f"{number} theirs"])[f"{number} theirs"].cause == "cancelled", "the end")
+
+
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "mpiexec"])
 def test_every_launcher_gives_the_same_measurements(launcher: str, login: LoginNode) -> None:
     sweep = ["sweep", "faulty", "--no-probe", "--axis=size=1,2", "--axis=nodes=1,2", "--set=gpus=2", QUICK]
