@@ -229,11 +229,13 @@ def _plan(asked: Sweep, site: Site, ceilings: dict[str, Any] | None, fresh: bool
 
 def _drive(plan: Plan, options: argparse.Namespace, ceilings: dict[str, Any] | None, command: list[str]) -> SweepFolder:
     """Run what is not measured yet, under the sweep's lock."""
-    from saih import environment, jobs
+    from saih import drive, environment, jobs, schedulers
 
     folder = jobs.SweepFolder(JOBS / plan.name)
     with folder.lock():
         if options.fresh:
+            scheduler = schedulers.load(plan.site.scheduler)
+            scheduler.cancel(list(drive.live_jobs(folder, scheduler)))  # else they would go on filling the folder
             jobs.set_aside(folder)
         if not options.mixed:
             jobs.refuse_other_code(folder, plan, environment.own_version()["source"])

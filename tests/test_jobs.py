@@ -196,6 +196,19 @@ def test_fresh_sets_earlier_measurements_aside(workplace: Workplace) -> None:
     assert len(list(workplace.folder.glob("jobs/*/points-*/*/measurement.json"))) == 2
 
 
+def test_starting_over_stops_the_job_of_a_saih_that_was_killed(workplace: Workplace) -> None:
+    sweep = ("--axis=size=1,2,3", "--set=step_ms=300", "--repeat=1", QUICK)
+    first = workplace.start("sweep", "faulty", "--site=small", "--no-probe", *sweep)
+    workplace.wait_for_measured(1)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    began_ns = time.time_ns()
+    assert "3 measured" in workplace.sweep(*sweep, "--fresh")
+    assert all(written > began_ns for written in workplace.measured.values())
+    assert workplace.jobs_started == 2
+    assert len(list(workplace.folder.glob("jobs/*/points-*/*/measurement.json"))) < 3
+
+
 def test_asking_for_less_loses_nothing_that_is_measured(workplace: Workplace) -> None:
     sweep = ("--axis=size=1,2", QUICK)
     workplace.sweep(*sweep, "--repeat=2")
