@@ -171,8 +171,9 @@ def test_whatever_happens_every_point_is_measured_once_or_explained(
         "--axis=amount=" + ",".join(map(str, range(48))),
     ]
     sweep.append("--set=step_ms=700,seconds=0,steps=3,warmup=1")
-    slow = ["sweep", "faulty", "--no-probe", "--site=srun", "--repeat=1", "--axis=fault=slow"]
-    slow.append("--set=slow_s=75,seconds=0,steps=1,warmup=0")
+    # Slurm ends a job of one minute after 65 to 89 s: 100 s is past that, and within the two minutes of the next try.
+    slow = ["sweep", "faulty", "--no-probe", "--site=mpiexec", "--repeat=1", "--axis=fault=slow"]
+    slow.append("--set=slow_s=100,seconds=0,steps=1,warmup=0")
     cluster_ = login.cluster
 
     timed_out = login.start(*slow)
@@ -216,7 +217,7 @@ def test_whatever_happens_every_point_is_measured_once_or_explained(
     (slow_results,) = login.folder.glob("results/faulty-fault-*.h5")
     assert (store.load(slow_results)["status"] == "measured").all()
     ends = [read_json(path)["cause"] for path in login.folder.glob("jobs/faulty-fault-*/jobs/*/ended.json")]
-    assert ends.count("timeout") == 1
+    assert ends.count("timeout") >= 1
 
 
 def measured(login: LoginNode, axis: str) -> dict[str, int]:
