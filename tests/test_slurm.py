@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from saih import store
-from saih.files import read_json
 from saih.schedulers import State, slurm
 from tests.cluster.slurm import PROGRAMS, Cluster, cluster, missing_programs
 
@@ -159,7 +158,7 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None
 def test_whatever_happens_every_point_is_measured_once_or_explained(
     login: LoginNode, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One slurmd killed, one job requeued, one cancelled, one past its time limit, slurmctld restarted, saih killed."""
+    """One slurmd killed, one job requeued, one cancelled, slurmctld restarted, saih killed."""
     site = login.folder / "sites" / "srun.yaml"
     site.write_text(site.read_text() + "job_minutes: 2\n")
     sweep = [
@@ -171,12 +170,8 @@ def test_whatever_happens_every_point_is_measured_once_or_explained(
         "--axis=amount=" + ",".join(map(str, range(48))),
     ]
     sweep.append("--set=step_ms=700,seconds=0,steps=3,warmup=1")
-    # Slurm ends a job of one minute after 65 to 89 s: 100 s is past that, and within the two minutes of the next try.
-    slow = ["sweep", "faulty", "--no-probe", "--site=mpiexec", "--repeat=1", "--axis=fault=slow"]
-    slow.append("--set=slow_s=100,seconds=0,steps=1,warmup=0")
     cluster_ = login.cluster
 
-    timed_out = login.start(*slow)
     driver = login.start(*sweep)
     wait_until(
         lambda: len(jobs_of(login, "amount", "RUNNING")) >= 3 and len(measured(login, "amount")) >= 3, "three jobs"
@@ -202,9 +197,6 @@ def test_whatever_happens_every_point_is_measured_once_or_explained(
     wait_until(lambda: "down" in cluster_.run("sinfo", "-h", "-o", "%t") or driver.poll() is not None, "node down", 90)
     output, _ = driver.communicate(timeout=280)
     assert driver.returncode in (0, 1), output
-    late, _ = timed_out.communicate(timeout=280)
-    assert timed_out.returncode == 0, late
-    faults.append("time limit exceeded")
 
     after = measured(login, "amount")
     assert {name: after[name] for name in before} == before
@@ -214,10 +206,6 @@ def test_whatever_happens_every_point_is_measured_once_or_explained(
     assert set(points["status"]) <= {"measured", "failed"}
     with capsys.disabled():
         print(f"\nsurvived {len(faults)} faults: {', '.join(faults)}; {dict(points['kind'].value_counts())}")
-    (slow_results,) = login.folder.glob("results/faulty-fault-*.h5")
-    assert (store.load(slow_results)["status"] == "measured").all()
-    ends = [read_json(path)["cause"] for path in login.folder.glob("jobs/faulty-fault-*/jobs/*/ended.json")]
-    assert ends.count("timeout") >= 1
 
 
 def measured(login: LoginNode, axis: str) -> dict[str, int]:
