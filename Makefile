@@ -5,19 +5,21 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: help sweep test lint bench cluster system-packages clean
+.PHONY: help sweep test lint bench cluster horovod system-packages clean
 
 help:
 	@echo "make sweep   install into $(VENV), run the main job, print where the report is"
 	@echo "make test    install, then linters, types and all tests"
 	@echo "make bench   print the speed of saih itself"
 	@echo "make cluster start a simulated Slurm cluster on this machine and write sites/cluster.yaml; Ctrl-C stops it"
+	@echo "make horovod build Horovod for the torch of $(VENV), keep the wheel in ~/.cache/saih, install it"
 	@echo "make clean   remove $(VENV) and caches; jobs, results and reports stay"
 
 sweep: $(VENV)/.installed
 	$(BIN)/saih sweep --axis data,model
 
-test: $(VENV)/.installed-test system-packages lint
+# Tests of what a machine lacks skip, except in CI; so CI builds Horovod too.
+test: $(VENV)/.installed-test system-packages $(if $(filter true,$(CI)),horovod) lint
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-test
@@ -30,6 +32,9 @@ bench: $(VENV)/.installed-test
 
 cluster: $(VENV)/.installed
 	$(BIN)/python -m tests.cluster.slurm cluster
+
+horovod: $(VENV)/.installed
+	scripts/horovod.sh $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -45,10 +50,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 # What tests want from Debian: taken where it can be (as root), else the tests that need it skip, and fail under CI=true.
-DEBIAN := chromium hdf5-tools slurmctld slurmd slurm-client munge
+DEBIAN := chromium hdf5-tools slurmctld slurmd slurm-client munge openmpi-bin
 system-packages:
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
-		! { command -v chromium && command -v h5dump && command -v slurmctld && command -v munged; } >/dev/null; then \
+		! { command -v chromium && command -v h5dump && command -v slurmctld && command -v munged && command -v ompi_info; } >/dev/null; then \
 		echo "installing for the tests: $(DEBIAN)"; \
 		apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; \

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from saih.core import Job, Place
@@ -30,13 +33,13 @@ def srun(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> li
 
 def mpiexec(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> list[str]:
     """MPICH and those who take its options (Intel MPI, Cray)."""
-    return [_beside_python("mpiexec"), "-n", str(job.ranks), "-ppn", str(job.gpus), *python, *worker]
+    return [_mpiexec(of_open_mpi=False), "-n", str(job.ranks), "-ppn", str(job.gpus), *python, *worker]
 
 
 def openmpi(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> list[str]:
     """Open MPI's mpiexec."""
     mapping = ["--map-by", f"ppr:{job.gpus}:node"]
-    return [_beside_python("mpiexec"), "-n", str(job.ranks), *mapping, *python, *worker]
+    return [_mpiexec(of_open_mpi=True), "-n", str(job.ranks), *mapping, *python, *worker]
 
 
 def horovodrun(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> list[str]:
@@ -70,11 +73,19 @@ def command(launcher: str, job: Job, mpi: str, python: Sequence[str], worker: Se
     return LAUNCHERS[launcher](job, mpi, python, worker)
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Rank, local rank and world size of this process, from what its launcher left in the environment."""
+def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Rank, local rank and world size, from what the launcher left in the environment; None where there was none."""
     for names in ENVIRONMENTS:
         if all(name in environment for name in names):
             return Place(*(int(environment[name]) for name in names))
+    return None
+
+
+def place(environment: Mapping[str, str] = os.environ) -> Place:
+    """Rank, local rank and world size of this process; SaihError where no launcher started it."""
+    found = find_place(environment)
+    if found:
+        return found
     raise SaihError(f"no launcher told this process its rank; start it with one of: {', '.join(LAUNCHERS)}")
 
 
@@ -82,3 +93,22 @@ def _beside_python(program: str) -> str:
     """The program of the environment saih runs in, else the one on the PATH of the job."""
     own = Path(sys.executable).parent / program
     return str(own) if own.exists() else shutil.which(program) or program
+
+
+@cache
+def _mpiexec(of_open_mpi: bool) -> str:
+    """The first mpiexec of that kind, beside this Python or on the PATH; a bare word where only the job will have one.
+
+    A pip-installed MPI may stand before the machine's own on the PATH, and they take different options.
+    """
+    folders = [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
+    for folder in dict.fromkeys(folders):
+        program = shutil.which("mpiexec", path=folder)
+        if program and _is_open_mpi(program) == of_open_mpi:
+            return program
+    return "mpiexec"
+
+
+def _is_open_mpi(mpiexec: str) -> bool:
+    answer = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False)
+    return re.search(r"open[ -]?(mpi|rte)|prrte", answer.stdout, re.IGNORECASE) is not None

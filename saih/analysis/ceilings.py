@@ -12,15 +12,16 @@ MATCHING = ("processor", "gpu", "torch", "threads")
 
 
 def find_ceilings(cells: pd.DataFrame, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Best sustained FLOP/s of a device for each precision, over kernels and sizes; and bytes/s of the largest copy.
+    """Best sustained FLOP/s of a device for each precision, over kernels and sizes; bytes/s of the largest copy.
 
-    The largest copy counts, not the fastest: smaller ones fit into a cache.
+    The largest copy counts, not the fastest: smaller ones fit into a cache. Where all-reduces were measured, bytes/s of
+    the largest message over each transport: what a rank contributes, over the time of the whole collective.
     """
     measured = cells[cells["status"] == "measured"]
     rates: dict[str, float] = {}
     sources: dict[str, str] = {}
     intervals: dict[str, list[float]] = {}
-    for precision, group in measured[measured["param_kernel"] != "copy"].groupby("precision"):
+    for precision, group in measured[measured["flop"] > 0].groupby("precision"):
         best = group.loc[(group["flop"] / group["step_s"]).idxmax()]
         rates[str(precision)] = float(best["flop"] / best["step_s"])
         intervals[str(precision)] = [float(best["flop"] / best[end]) for end in ("step_s_high", "step_s_low")]
@@ -30,6 +31,10 @@ def find_ceilings(cells: pd.DataFrame, environment: Mapping[str, Any]) -> dict[s
         largest = copies.loc[(copies["moved_bytes"]).idxmax()]
         rates["copy"] = float(largest["moved_bytes"] / largest["step_s"])
         sources["copy"] = f"copy of {largest['moved_bytes'] / 2e6:.0f} MB"
+    for transport, group in measured[measured["param_kernel"] == "allreduce"].groupby("param_transport"):
+        largest = group.loc[group["param_message_bytes"].idxmax()]
+        rates[f"allreduce-{transport}"] = float(largest["param_message_bytes"] / largest["step_s"])
+        sources[f"allreduce-{transport}"] = f"{largest['param_message_bytes']:g} bytes on {largest['ranks']:g} ranks"
     return {
         "rates": rates,
         "intervals": intervals,

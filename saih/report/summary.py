@@ -110,7 +110,12 @@ def ceiling_intervals(ceilings: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _unit(ceiling: str) -> str:
-    return "B/s" if ceiling == "copy" else "FLOP/s"
+    return "B/s" if ceiling == "copy" or ceiling.startswith("allreduce") else "FLOP/s"
+
+
+def _what(ceiling: str) -> str:
+    kind, _, transport = ceiling.partition("-")
+    return {"copy": "memory copy", "allreduce": f"all-reduce over {transport}"}.get(kind, f"sustained in {ceiling}")
 
 
 def _ceilings(results: Results) -> list[Allocation]:
@@ -119,10 +124,9 @@ def _ceilings(results: Results) -> list[Allocation]:
     intervals = ceiling_intervals(found)
     ranges = []
     for name, rate in found["rates"].items():
-        what = "memory copy" if name == "copy" else f"sustained in {name}"
         figure, source = numbers.si(rate, _unit(name)), found["sources"][name]
         certainty = f"95 % interval {intervals[name]}" if name in intervals else ""
-        ranges.append(Range(figure, figure, what, source, source, certainty))
+        ranges.append(Range(figure, figure, _what(name), source, source, certainty))
     return [Allocation("", ranges)] if ranges else []
 
 

@@ -1,4 +1,4 @@
-"""Time one dense kernel over and over, after comparing its result with float64."""
+"""Time one kernel over and over, after comparing its result with what it must be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saih.core import Check, Clock, Context, Point, Work
 from workloads.ceilings import spec
+from workloads.ceilings.collectives import all_reduce
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -19,11 +20,14 @@ COMPARED = 64
 class Kernel(Protocol):
     """One kernel with its operands."""
 
+    phase: str
+    """What its time counts as."""
+
     def call(self) -> object:
         """Run it once."""
 
     def error(self) -> float:
-        """Relative error of a part of its result against float64."""
+        """Relative error of its result, or of a part of it."""
 
 
 def setup(point: Point, context: Context) -> Ceiling:
@@ -41,8 +45,10 @@ def setup(point: Point, context: Context) -> Ceiling:
     elif point.params["kernel"] == "conv3d":
         width, side = spec.channels(point.params), spec.VOXELS_PER_SIDE
         kernel = Conv3d(operand(spec.BATCH, width, side, side, side), operand(width, width, 3, 3, 3))
-    else:
+    elif point.params["kernel"] == "copy":
         kernel = Copy(operand(size, size))
+    else:
+        kernel = all_reduce(point, context, dtype)
     return Ceiling(point, kernel)
 
 
@@ -62,7 +68,7 @@ class Ceiling:
         )
 
     def step(self, clock: Clock) -> Work:
-        clock.enter("compute")
+        clock.enter(self.kernel.phase)
         self.kernel.call()
         return self.work
 
@@ -72,6 +78,8 @@ class Ceiling:
 
 class Gemm:
     """C = A B."""
+
+    phase = "compute"
 
     def __init__(self, a_MK: Tensor, b_KN: Tensor) -> None:
         self.a_MK, self.b_KN = a_MK, b_KN
@@ -90,6 +98,8 @@ class Gemm:
 class Conv3d:
     """3x3x3 convolution with padding, channels last."""
 
+    phase = "compute"
+
     def __init__(self, x_BCDHW: Tensor, weight_OCDHW: Tensor) -> None:
         self.x_BCDHW = x_BCDHW.to(memory_format=torch.channels_last_3d)
         self.weight_OCDHW = weight_OCDHW.to(memory_format=torch.channels_last_3d)
@@ -107,6 +117,8 @@ class Conv3d:
 
 class Copy:
     """b <- a."""
+
+    phase = "compute"
 
     def __init__(self, a_MN: Tensor) -> None:
         self.a_MN, self.b_MN = a_MN, torch.empty_like(a_MN)

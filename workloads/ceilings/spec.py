@@ -1,17 +1,18 @@
-"""The ceilings: dense matrix products, 3D convolutions and memory copies at growing size. Imports no torch."""
+"""The ceilings: matrix products, 3D convolutions, memory copies and all-reduces at growing size. Imports no torch."""
 
 from __future__ import annotations
 
 from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
+from saih.errors import SaihError
 
-TITLE = "Ceilings: what one device sustains on dense kernels and on a memory copy"
+TITLE = "Ceilings: what a device sustains on dense kernels and a memory copy, and ranks on an all-reduce"
 PAPER = "Empirical ceilings as in the Empirical Roofline Toolkit, Yang et al., arXiv:2009.05257"
 WORK_UNIT = "calls"
 
 VOXELS_PER_SIDE, BATCH, KERNEL_VOXELS = 16, 2, 27
 
 PARAMETERS = (
-    Parameter("kernel", "gemm", "", "what is timed", choices=("gemm", "conv3d", "copy")),
+    Parameter("kernel", "gemm", "", "what is timed", choices=("gemm", "conv3d", "copy", "allreduce")),
     Parameter(
         "size",
         1024,
@@ -19,8 +20,23 @@ PARAMETERS = (
         "gemm: n x n matrices; conv3d: n/16 -> n/16 channels, 2 volumes of 16^3; copy: n x n numbers",
         minimum=16,
     ),
+    Parameter("message_bytes", 2**20, "bytes", "allreduce: what each rank contributes", minimum=4),
+    Parameter(
+        "transport",
+        "torch",
+        "",
+        "allreduce: torch's NCCL on GPUs and gloo on CPUs, or MPI (host memory) under an MPI launcher",
+        choices=("torch", "mpi"),
+    ),
     Parameter("precision", "fp32", "", "type of the numbers", choices=("fp32", "bf16")),
 )
+
+MESSAGES = {"8": 8, "1Ki": 2**10, "64Ki": 2**16, "1Mi": 2**20, "4Mi": 2**22, "16Mi": 2**24, "64Mi": 2**26}
+
+
+def _message(label: str, message_bytes: int) -> Rung:
+    return Rung(label, {"kernel": "allreduce", "message_bytes": message_bytes}, message_bytes)
+
 
 AXES = (
     Axis(
@@ -29,6 +45,7 @@ AXES = (
         tuple(Rung(name, {"kernel": name}, place) for place, name in enumerate(("gemm", "conv3d", "copy"))),
     ),
     Axis("size", "n", tuple(Rung(str(n), {"size": n}, n) for n in (512, 1024, 2048, 4096, 8192))),
+    Axis("message", "bytes", tuple(_message(label, n) for label, n in MESSAGES.items())),
 )
 
 CLAIMS: tuple[Claim, ...] = ()
@@ -40,8 +57,13 @@ def channels(params: Params) -> int:
 
 
 def cost(params: Params) -> Cost:
-    """One call."""
+    """One call. Raises SaihError for numbers that MPI has no type for."""
     n, word = int(params["size"]), 2 if params["precision"] == "bf16" else 4
+    if params["kernel"] == "allreduce":
+        message = float(params["message_bytes"])
+        if params["transport"] == "mpi" and params["precision"] == "bf16":
+            raise SaihError("MPI has no bf16; transport=mpi goes with precision=fp32")
+        return Cost(0.0, 1.0, (Operation(0.0, 2 * message),), device_bytes=2 * message, message_bytes=message)
     if params["kernel"] == "gemm":
         flop, moved, held = 2.0 * n**3, 3.0 * n * n * word, 3.0 * n * n * word
     elif params["kernel"] == "conv3d":

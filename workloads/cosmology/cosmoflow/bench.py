@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from saih.core import Check, Clock, Context, Point, Work
 from workloads.cosmology.cosmoflow import spec
 from workloads.cosmology.cosmoflow.model import CosmoFlow, from_counts
+from workloads.cosmology.cosmoflow.parallel import data_parallel
 from workloads.cosmology.dataset import Dataset, Recipe, generate
 from workloads.cosmology.universe import PARTICLES_PER_CELL
 
@@ -35,7 +35,7 @@ def setup(point: Point, context: Context) -> Training:
 
 
 class Training:
-    """CosmoFlow made ready to train on one rank; with several ranks under DistributedDataParallel."""
+    """CosmoFlow made ready to train on one rank, or on several whose gradients are averaged."""
 
     def __init__(self, point: Point, context: Context, dataset: Dataset) -> None:
         self.place, self.device, self.dataset = context.place, context.device, dataset
@@ -46,9 +46,8 @@ class Training:
         torch.manual_seed(point.seed)
         self.network = CosmoFlow(spec.network(point.params)).to(self.device)
         self.network.stages.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self.model: nn.Module = self.network
-        if self.place.world > 1:
-            self.model = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
+        first_layer, backend = self.network.stages[0], str(point.params["backend"])
+        self.parallel = data_parallel(backend, self.network, first_layer, self.place, self.device)
         self.optimizer = _optimizer(self.network)
 
     def step(self, clock: Clock) -> Work:
@@ -58,12 +57,8 @@ class Training:
         clock.enter("transfer")
         counts, targets = counts.to(self.device), targets.to(self.device)
         clock.enter("compute")
-        loss = self._loss(self.model, counts, targets)
-        hooks = self._mark_end_of_backward(clock)
-        loss.backward()
-        clock.enter("compute")
-        for hook in hooks:
-            hook.remove()
+        loss = self._loss(self.parallel.model, counts, targets)
+        self.parallel.backward(loss, clock)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps_done += 1
@@ -85,7 +80,7 @@ class Training:
         return Check(finite and falls and equal, numbers, why + ", ".join(f"{k} = {v:.6g}" for k, v in numbers.items()))
 
     def close(self) -> None:
-        """Nothing is held outside this object."""
+        self.parallel.close()
 
     def _indices(self, rank: int, step: int) -> list[int]:
         first = (step * self.place.world + rank) * self.batch
@@ -103,13 +98,6 @@ class Training:
     def _loss_of_rank(self, model: nn.Module, rank: int) -> Tensor:
         counts, targets = self._read(self._indices(rank, 0))
         return self._loss(model, counts.to(self.device), targets.to(self.device))
-
-    def _mark_end_of_backward(self, clock: Clock) -> list[torch.utils.hooks.RemovableHandle]:
-        """The first layer's gradients come last; what backward does after them is waiting for the reduction."""
-        if self.place.world == 1:
-            return []
-        last = self.network.stages[0].parameters()
-        return [each.register_post_accumulate_grad_hook(lambda _: clock.enter("communication")) for each in last]
 
     def _losses_on_a_fixed_batch(self) -> dict[str, float]:
         trial = copy.deepcopy(self.network)
@@ -129,7 +117,8 @@ class Training:
         """|reduced - joined| / |joined| over all parameters; ranks beyond the first few add a loss of zero."""
         joined_ranks = min(self.place.world, CHECKED_RANKS)
         share = 1.0 if self.place.rank < joined_ranks else 0.0
-        (share * self._loss_of_rank(self.model, self.place.rank)).backward()
+        loss = share * self._loss_of_rank(self.parallel.model, self.place.rank)
+        self.parallel.backward(loss, Untimed())
         reduced = _flat_gradient(self.network)
         self.network.zero_grad()
         trial = copy.deepcopy(self.network)
@@ -137,6 +126,13 @@ class Training:
             (self._loss_of_rank(trial, rank) / self.place.world).backward()
         joined = _flat_gradient(trial)
         return float((reduced - joined).norm() / joined.norm())
+
+
+class Untimed:
+    """The clock of a check: nobody reads it."""
+
+    def enter(self, phase: str) -> None:
+        """Not counted."""
 
 
 def _optimizer(network: nn.Module) -> torch.optim.Optimizer:

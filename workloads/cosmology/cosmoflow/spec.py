@@ -21,6 +21,8 @@ COARSEST_STAGES = 6
 GENERATE_BYTES_PER_S = 40e6
 """Volumes grown and painted per second on one core, a careful figure for planning."""
 
+BACKENDS = ("ddp", "horovod")
+
 PARAMETERS = (
     Parameter("mesh", 64, "voxels per side", "side of a volume; a power of two", minimum=8),
     Parameter("channels", 4, "redshifts", "snapshots of the same universe in one sample", choices=(1, 2, 3, 4)),
@@ -31,6 +33,9 @@ PARAMETERS = (
     ),
     Parameter("scaling", "weak", "", "what `batch` counts when there are several ranks", choices=("weak", "strong")),
     Parameter("samples", 8, "volumes", "volumes in the data set", minimum=1),
+    Parameter(
+        "backend", "ddp", "", "what averages the gradients of several ranks; horovod: make horovod", choices=BACKENDS
+    ),
     Parameter("precision", "fp32", "", "arithmetic of the network; bf16 is autocast", choices=("fp32", "bf16")),
 )
 

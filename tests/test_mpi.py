@@ -1,0 +1,126 @@
+"""MPI: ranks that MPI and the launcher agree on, data sets made in parallel, the all-reduce ladder, every launcher."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from saih import launchers, store
+from workloads.cosmology.dataset import Recipe
+
+ROOT = Path(__file__).parent.parent
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+GENERATE = [sys.executable, "-m", "workloads.cosmology.generate"]
+
+
+def mpiexec(of_open_mpi: bool = False) -> str:
+    program = launchers._mpiexec(of_open_mpi)
+    if not Path(program).is_absolute():
+        name = "Open MPI" if of_open_mpi else "MPICH"
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{name} is not installed, and CI must not skip this test")
+        pytest.skip(f"{name} is not installed")
+    return program
+
+
+def run(words: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "PMI"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | AS_ROOT | variables
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_two_ranks_make_the_bytes_that_one_makes(tmp_path: Path) -> None:
+    recipe = ["--mesh", "16", "--samples", "5", "--seed", "3"]
+    both = run([mpiexec(), "-n", "2", *GENERATE, "both", *recipe], tmp_path)
+    alone = run([*GENERATE, "alone", *recipe], tmp_path)
+    assert (both.returncode, alone.returncode) == (0, 0), both.stderr + alone.stderr
+    assert "5 made by 2 ranks" in both.stdout
+    assert "5 made by 1 rank" in alone.stdout
+    assert digests(tmp_path / "both") == digests(tmp_path / "alone")
+    assert len(digests(tmp_path / "both")) == 5
+
+
+def test_each_rank_makes_its_own_universes_once(tmp_path: Path) -> None:
+    command = [mpiexec(), "-n", "2", *GENERATE, "data", "--mesh", "8", "--samples", "4"]
+    run(command, tmp_path)
+    first = tmp_path / "data" / Recipe(8, 4, 0, 4).folder_name / "universe-000001.npy"
+    first.unlink()
+    assert "1 made by 2 ranks" in run(command, tmp_path).stdout
+
+
+def test_a_rank_that_fails_takes_the_others_along(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("in the way")
+    done = run([mpiexec(), "-n", "2", *GENERATE, "data", "--mesh", "8"], tmp_path)
+    assert done.returncode != 0
+    assert "data" in done.stderr
+
+
+def test_singletons_under_a_launcher_are_refused(tmp_path: Path) -> None:
+    """Slurm says rank 1 of 2; MPI, started without PMI, believes to be alone."""
+    done = run([*GENERATE, "data"], tmp_path, SLURM_PROCID="1", SLURM_LOCALID="1", SLURM_NTASKS="2")
+    assert done.returncode != 0
+    assert "MPI calls rank 1 of 2 rank 0 of 1" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def sweep(folder: Path, launcher: str, *words: str) -> pd.DataFrame:
+    lines = ["scheduler: local", f"launcher: {launcher}", "device: cpu", "gpus_per_node: 2"]
+    lines += ["environment:", *(f'  {key}: "{value}"' for key, value in AS_ROOT.items())]
+    (folder / "sites").mkdir(exist_ok=True)
+    (folder / "sites" / "two.yaml").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "saih.cli", "sweep", "ceilings", "--site=two", "--no-probe", "--repeat=1", *words]
+    done = run([*command, "--set=gpus=2,seconds=0,steps=2,warmup=1"], folder)
+    (results,) = (folder / "results").glob("*.h5")
+    points = store.load(results)
+    assert done.returncode == 0, list(points["reason"])
+    return points
+
+
+def test_the_ladder_is_measured_over_torch_and_over_mpi(tmp_path: Path) -> None:
+    mpiexec()
+    points = sweep(tmp_path, "mpiexec", "--axis=transport=torch,mpi", "--axis=message=8,1Mi")
+    assert list(points["status"]) == ["measured"] * 4
+    assert set(points["ranks"]) == {2}
+    assert set(points["check_relative_error"]) == {0.0}
+
+
+def test_mpi_under_a_launcher_it_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"MPI calls rank . of 2 rank 0 of 1"):
+        sweep(tmp_path, "torchrun", "--axis=transport=mpi", "--axis=message=8")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec", "openmpi"])
+def test_every_launcher_on_one_machine_gives_the_same_measurements(launcher: str, tmp_path: Path) -> None:
+    if launcher != "torchrun":
+        mpiexec(of_open_mpi=launcher == "openmpi")
+    points = sweep(tmp_path, launcher, "--axis=transport=torch", "--axis=message=8,1Ki")
+    assert list(points["label_message"]) == ["8", "1Ki"]
+    assert set(points["status"]) == {"measured"}
+    assert set(points["ranks"]) == {2}
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_open_mpi"),
+    [
+        ("mpiexec (OpenRTE) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/\n", True),
+        ("mpirun (Open MPI) 5.0.11\n", True),
+        ("HYDRA build details:\n    Version: 5.0.2\n", False),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.9\n", False),
+    ],
+)
+def test_an_mpiexec_says_what_it_is(answer: str, is_open_mpi: bool, tmp_path: Path) -> None:
+    program = tmp_path / "mpiexec"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}END\n")
+    program.chmod(0o755)
+    assert launchers._is_open_mpi(str(program)) is is_open_mpi

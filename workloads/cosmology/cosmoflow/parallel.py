@@ -1,0 +1,182 @@
+"""Data-parallel backends: how the gradients of all ranks become one, by DistributedDataParallel or by Horovod."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from saih.core import Clock, Place
+from saih.errors import SaihError
+
+CYCLE_MS = "0.1"
+"""How often Horovod looks for gradients to reduce; at its default of 1 ms no all-reduce takes less than that."""
+
+
+class DataParallel(Protocol):
+    """A network on every rank, whose gradients are averaged."""
+
+    model: nn.Module
+    """What to call forward on."""
+
+    def backward(self, loss: Tensor, clock: Clock) -> None:
+        """Gradients of `loss`, averaged over ranks. `communication` is what is waited for after the last gradient."""
+
+    def close(self) -> None:
+        """Let go of threads and connections."""
+
+
+def data_parallel(backend: str, network: nn.Module, last: nn.Module, place: Place, device: str) -> DataParallel:
+    """`network` on one rank alone, or under the backend named; backward reaches the parameters of `last` last.
+
+    Raises:
+        SaihError: the backend is Horovod, which is not installed.
+    """
+    if place.world == 1:
+        return Alone(network)
+    return Horovod(network, place, device) if backend == "horovod" else Ddp(network, last)
+
+
+class Alone:
+    """One rank: nothing to average."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.model = network
+
+    def backward(self, loss: Tensor, clock: Clock) -> None:
+        loss.backward()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Ddp:
+    """torch's DistributedDataParallel over the job's process group, NCCL or gloo: it reduces buckets in backward."""
+
+    def __init__(self, network: nn.Module, last: nn.Module) -> None:
+        self.model: nn.Module = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        self.last = last
+
+    def backward(self, loss: Tensor, clock: Clock) -> None:
+        """What backward does after the gradients of `last` is waiting for the reduction."""
+        parameters = self.last.parameters()
+        hooks = [each.register_post_accumulate_grad_hook(lambda _: clock.enter("communication")) for each in parameters]
+        loss.backward()
+        clock.enter("compute")
+        for hook in hooks:
+            hook.remove()
+
+    def close(self) -> None:
+        """The process group is the job's."""
+
+
+class Horovod:
+    """Horovod: a hook of each gradient hands it over in backward; a thread of its own fuses and reduces them.
+
+    Its optimizer wrapper refuses the gradients of channels-last weights, which are dense but not contiguous in order of
+    their dimensions; so they are handed over flat, as they lie in memory.
+    """
+
+    def __init__(self, network: nn.Module, place: Place, device: str) -> None:
+        self.model = network
+        self.hvd = start_horovod(place, device)
+        self.hvd.broadcast_parameters({name: _flat(each.data) for name, each in network.named_parameters()}, 0)
+        self.handles: list[int] = []
+        self.hooks = [each.register_post_accumulate_grad_hook(self._reduce) for each in network.parameters()]
+
+    def backward(self, loss: Tensor, clock: Clock) -> None:
+        loss.backward()
+        clock.enter("communication")
+        for handle in self.handles:
+            self.hvd.synchronize(handle)
+        self.handles.clear()
+        clock.enter("compute")
+
+    def close(self) -> None:
+        """Stop its thread, or it would wake up beside the points that follow."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hvd.shutdown()
+
+    def _reduce(self, parameter: Tensor) -> None:
+        name = f"gradient {len(self.handles)}"  # backward's order is the same on every rank
+        self.handles.append(self.hvd.allreduce_async_(_flat(cast(Tensor, parameter.grad)), name=name))
+
+
+def _flat(dense: Tensor) -> Tensor:
+    """The numbers of a dense tensor in the order of memory, shared with it: [numel]."""
+    return dense.as_strided((dense.numel(),), (1,))
+
+
+def start_horovod(place: Place, device: str) -> Any:
+    """`horovod.torch`, initialised, whichever launcher started the ranks; they stand node by node.
+
+    Horovod's ranks meet at an HTTP server that horovodrun would start; here rank 0 does, on the job's MASTER_ADDR.
+
+    Raises:
+        SaihError: Horovod is not installed, or counts the ranks differently.
+    """
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        raise SaihError(f"backend=horovod needs Horovod ({error}); build and install it with: make horovod") from None
+    agreed = torch.tensor([place.local_rank + 1, 0], device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    per_node = int(agreed[0])
+    nodes = place.world // per_node
+    if place.rank == 0:
+        agreed[1] = _start_rendezvous(nodes, per_node)
+    dist.broadcast(agreed, 0)
+    address = socket.gethostbyname(os.environ["MASTER_ADDR"])
+    os.environ.update(
+        HOROVOD_RANK=str(place.rank),
+        HOROVOD_SIZE=str(place.world),
+        HOROVOD_LOCAL_RANK=str(place.local_rank),
+        HOROVOD_LOCAL_SIZE=str(per_node),
+        HOROVOD_CROSS_RANK=str(place.rank // per_node),
+        HOROVOD_CROSS_SIZE=str(nodes),
+        HOROVOD_HOSTNAME=_node(place.rank // per_node),
+        HOROVOD_CONTROLLER="gloo",
+        HOROVOD_CPU_OPERATIONS="gloo",
+        HOROVOD_GLOO_RENDEZVOUS_ADDR=address,
+        HOROVOD_GLOO_RENDEZVOUS_PORT=str(int(agreed[1])),
+        HOROVOD_GLOO_IFACE=_interface_to(address),
+    )
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_MS)
+    hvd.init()
+    if (hvd.rank(), hvd.size()) != (place.rank, place.world):
+        raise SaihError(f"Horovod calls rank {place.rank} of {place.world} rank {hvd.rank()} of {hvd.size()}")
+    return hvd
+
+
+def _start_rendezvous(nodes: int, per_node: int) -> int:
+    """The port of a server that lives as long as this process."""
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.http.http_server import RendezvousServer
+
+    server = RendezvousServer()
+    port = server.start()
+    hosts = ",".join(f"{_node(node)}:{per_node}" for node in range(nodes))
+    server.init(get_host_assignments(parse_hosts(hosts), nodes * per_node))
+    return int(port)
+
+
+def _node(number: int) -> str:
+    """A node's name among Horovod's ranks: hosts may share theirs."""
+    return f"node{number}"
+
+
+def _interface_to(address: str) -> str:
+    """The network interface of this host that reaches `address`."""
+    import psutil  # comes with Horovod
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        own = probe.getsockname()[0]
+    found = (name for name, given in psutil.net_if_addrs().items() if own in {each.address for each in given})
+    return str(next(found))
