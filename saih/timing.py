@@ -51,6 +51,13 @@ class StepClock:
         return event
 
 
+class Unclocked:
+    """The clock of steps that nobody times, such as those of a check."""
+
+    def enter(self, phase: str) -> None:
+        """Not counted."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """Raw samples of consecutive steps on one rank, one entry a step."""

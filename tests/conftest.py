@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -26,3 +27,11 @@ def require() -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture
+def horovod() -> None:
+    if importlib.util.find_spec("horovod") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("Horovod is not installed, and CI must not skip this test: make horovod")
+        pytest.skip("Horovod is not installed: make horovod")

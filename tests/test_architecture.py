@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saih.files",),
     ("saih.core",),
     ("saih.launchers", "saih.workload", "saih.timing", "saih.environment", "saih.yamlfile", "saih.schedulers"),
-    ("saih.site", "saih.sweep"),
+    ("saih.site", "saih.sweep", "saih.mpi"),
     ("saih.analysis", "saih.plan"),
     ("saih.catalogue", "saih.probe"),
     ("saih.jobs",),
@@ -38,7 +38,7 @@ WORKER_MAY_USE = {
     "saih.files",
     "saih.errors",
 }
-WORKLOADS_MAY_USE = {"saih.core", "saih.errors", "saih.timing", "saih.files"}
+WORKLOADS_MAY_USE = {"saih.core", "saih.errors", "saih.timing", "saih.files", "saih.mpi"}
 OUTSIDE_THE_WORKER = {"h5py", "pandas", "matplotlib", "jinja2", "yaml", "pydantic", "rich", "scipy"}
 IMPORT_TORCH = {"saih.timing", "saih.worker"}
 """The only modules of saih that import torch when they are imported."""

@@ -16,6 +16,7 @@ from saih.errors import SaihError
 from saih.timing import StepClock, run_steps
 from workloads.cosmology.cosmoflow import bench, spec
 from workloads.cosmology.cosmoflow.model import CosmoFlow, from_counts
+from workloads.cosmology.cosmoflow.parallel import Alone
 
 BASE = {"mesh": 128, "width": 32}
 DEFAULTS = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
@@ -162,7 +163,7 @@ def _honest(training: bench.Training) -> float:
 
 
 def _without_reduction(training: bench.Training) -> float:
-    training.model = training.network
+    training.parallel = Alone(training.network)
     training.network.eval()
     return training._gradient_error()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from saih import cli, site, store, sweep
+from tests.cluster.slurm import Cluster
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -88,9 +89,14 @@ def cheap_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_every_documented_command_is_one_the_command_line_takes(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_documented_command_is_one_the_command_line_takes(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parsed by the real parser; sweeps are also planned by the sweep language, so axes and rungs exist."""
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    (tmp_path / "sites").mkdir()
+    (tmp_path / "sites" / "cluster.yaml").write_text(Cluster(tmp_path).site())  # what make cluster writes
+    monkeypatch.chdir(tmp_path)
     options = cli._parser().parse_args(words_of(command))
     if options.verb is cli.sweep:
         _, asked = cli._asked(options)
