@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from saih import probe, workload
 from saih.analysis.ceilings import find_ceilings, mismatch
 from saih.core import Context, Place, Point, Value
+from saih.errors import SaihError
 from saih.timing import StepClock, run_steps
 from tests.sites import cpu_site
 from workloads.ceilings import bench, spec
+from workloads.ceilings.collectives import AllReduce
 
 DEFAULTS = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
 HERE = Context(Place(0, 0, 1), "cpu", "unused")
@@ -84,6 +86,35 @@ def test_the_best_sustained_rates_are_taken_and_the_largest_copy() -> None:
     assert mismatch(found, here) == ""
     assert mismatch(found, here | {"host": "another"}) == ""
     assert "processor is 'Q', not 'P'" in mismatch(found, here | {"processor": "Q"})
+
+
+def test_the_largest_all_reduce_of_each_transport_counts() -> None:
+    rows = [
+        ("torch", 8.0, 1e-6),  # 8 MB/s
+        ("torch", 1e6, 1e-3),  # 1 GB/s: the largest
+        ("mpi", 8.0, 1e-9),
+        ("mpi", 1e6, 5e-4),
+    ]
+    table = pd.DataFrame(rows, columns=["param_transport", "param_message_bytes", "step_s"])
+    table = table.assign(
+        param_kernel="allreduce", precision="fp32", flop=0.0, moved_bytes=1.0, ranks=2, status="measured"
+    )
+    found = find_ceilings(table, {})
+    assert found["rates"] == pytest.approx({"allreduce-torch": 1e9, "allreduce-mpi": 2e9})
+    assert found["sources"]["allreduce-mpi"] == "1 MB on 2 ranks"
+
+
+def test_an_all_reduce_wants_several_ranks_and_numbers_mpi_knows() -> None:
+    with pytest.raises(SaihError, match="several ranks"):
+        ceiling(kernel="allreduce")
+    with pytest.raises(SaihError, match="MPI has no bf16"):
+        spec.cost(DEFAULTS | {"kernel": "allreduce", "transport": "mpi", "precision": "bf16"})
+
+
+def test_a_sum_that_misses_a_rank_is_caught() -> None:
+    x_N = torch.zeros(100)
+    assert AllReduce(x_N, Place(0, 0, 2), lambda: x_N.mul_(2).add_(1)).error() == 0.0
+    assert AllReduce(x_N, Place(0, 0, 2), lambda: x_N.mul_(2)).error() > 0
 
 
 def test_ceilings_of_another_machine_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,10 +31,13 @@ def find_ceilings(cells: pd.DataFrame, environment: Mapping[str, Any]) -> dict[s
         largest = copies.loc[(copies["moved_bytes"]).idxmax()]
         rates["copy"] = float(largest["moved_bytes"] / largest["step_s"])
         sources["copy"] = f"copy of {largest['moved_bytes'] / 2e6:.0f} MB"
-    for transport, group in measured[measured["param_kernel"] == "allreduce"].groupby("param_transport"):
-        largest = group.loc[group["param_message_bytes"].idxmax()]
-        rates[f"allreduce-{transport}"] = float(largest["param_message_bytes"] / largest["step_s"])
-        sources[f"allreduce-{transport}"] = f"{largest['param_message_bytes']:g} bytes on {largest['ranks']:g} ranks"
+    reductions = measured[measured["param_kernel"] == "allreduce"]
+    if not reductions.empty:
+        for transport, group in reductions.groupby("param_transport"):
+            largest = group.loc[group["param_message_bytes"].idxmax()]
+            message, name = float(largest["param_message_bytes"]), f"allreduce-{transport}"
+            rates[name] = message / float(largest["step_s"])
+            sources[name] = f"{message / 1e6:.3g} MB on {largest['ranks']:g} ranks"
     return {
         "rates": rates,
         "intervals": intervals,
