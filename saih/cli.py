@@ -69,9 +69,13 @@ def list_(options: argparse.Namespace) -> int:
 
 def sweep(options: argparse.Namespace) -> int:
     """Plan a grid of points, run what fits and is not measured yet, gather it and write the report."""
-    site, asked = _asked(options)
-    ceilings = None
+    site, sweeps = _asked(options)
     _check_folders()
+    return max(_sweep_one(asked, site, options) for asked in sweeps)
+
+
+def _sweep_one(asked: Sweep, site: Site, options: argparse.Namespace) -> int:
+    ceilings = None
     plan = _plan(asked, site, None, options.fresh)
     if plan.kept:  # else there is no point in measuring ceilings first
         ceilings = _ceilings(site, options)
@@ -174,19 +178,22 @@ def probe(options: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(options: argparse.Namespace) -> tuple[Site, Sweep]:
-    """The site and the sweep that the command line, or a study file and the command line over it, ask for."""
+def _asked(options: argparse.Namespace) -> tuple[Site, list[Sweep]]:
+    """The site and the sweeps that the command line, or a study file and the command line over it, ask for."""
     from saih import sweep as language
 
-    study, where, name = None, "", options.workload or language.DEFAULT_WORKLOAD
-    axes = language.parse_axes(options.axis)
-    settings: dict[str, bool | int | float | str] = dict(language.parse_settings(options.set))
+    name, where = options.workload or language.DEFAULT_WORKLOAD, ""
+    axes, settings = language.parse_axes(options.axis), language.parse_settings(options.set)
+    study, grids = None, [language.Part(axes=axes)]
     if name.endswith((".yaml", ".yml")):
         where = name
         study = language.read_study(Path(name))
         name = study.workload
-        axes = axes or study.axes
-        settings = study.set | settings
+        grids = language.grids(study, options.part, where)
+        if axes and len(grids) > 1:
+            raise SaihError(f"{where} has {len(grids)} parts; say whose axes --axis replaces: --part NAME")
+    elif options.part:
+        raise SaihError(f"--part {options.part}: only a study file has parts")
     site = _site(options.site or (study.site if study and study.site else "local"))
     budgets = {
         "--time-budget": options.time_budget,
@@ -194,17 +201,19 @@ def _asked(options: argparse.Namespace) -> tuple[Site, Sweep]:
         f"site {site.name}: time_budget": site.time_budget,
     }
     source, budget = next(((key, text) for key, text in budgets.items() if text is not None), ("", None))
-    asked = language.make_sweep(
-        name,
-        axes,
-        settings,
-        where,
-        repeat=options.repeat or (study.repeat if study and study.repeat else site.repeat),
-        seed=options.seed if options.seed is not None else (study.seed if study else 0),
-        site=site.name,
-        time_budget_s=language.parse_duration(budget, source) if budget is not None else None,
-    )
-    return site, asked
+    return site, [
+        language.make_sweep(
+            name,
+            axes or grid.axes,
+            grid.set | settings,
+            where,
+            repeat=options.repeat or (study.repeat if study and study.repeat else site.repeat),
+            seed=options.seed if options.seed is not None else (study.seed if study else 0),
+            site=site.name,
+            time_budget_s=language.parse_duration(budget, source) if budget is not None else None,
+        )
+        for grid in grids
+    ]
 
 
 def _plan(asked: Sweep, site: Site, ceilings: dict[str, Any] | None, fresh: bool) -> Plan:
@@ -333,7 +342,19 @@ def _stored_rates(site: Site) -> dict[str, float] | None:
     return ceilings["rates"] if ceilings else None
 
 
-def _claims_of(path: Path) -> list[dict[str, Any]]:
+def _claims_of(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Each claim of the workloads in these files, judged where it can be; where it cannot be in any, once, with why."""
+    judged: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in paths:
+        for claim in _claims_in(path):
+            judged.setdefault((claim["workload"], claim["name"]), []).append(claim)
+    told = []
+    for tries in judged.values():
+        told += [claim for claim in tries if claim["pairs"]] or tries[:1]
+    return told
+
+
+def _claims_in(path: Path) -> list[dict[str, Any]]:
     from saih import store, workload
     from saih.analysis import cells
     from saih.analysis import claims as judging
@@ -405,6 +426,7 @@ def _parser() -> argparse.ArgumentParser:
         "--axis", action="append", default=[], metavar="A,B=1,2", help="axes to vary; A=x,y picks rungs"
     )
     sweeping.add_argument("--set", action="append", default=[], metavar="NAME=VALUE,...", help="set other parameters")
+    sweeping.add_argument("--part", metavar="NAME", help="one part of a study (default: all, one after the other)")
     sweeping.add_argument("--repeat", type=_positive, metavar="N", help="repeats of every point (default: the site's)")
     sweeping.add_argument("--seed", type=_natural, metavar="N", help="seed of data and weights (default: 0)")
     sweeping.add_argument("--site", metavar="NAME|FILE", help="where to run (default: local)")
@@ -436,7 +458,7 @@ def _parser() -> argparse.ArgumentParser:
     _mixed(gathering)
 
     judging = _verb(verbs, "claims", claims)
-    judging.add_argument("results", type=Path, metavar="RESULTS.h5")
+    judging.add_argument("results", type=Path, nargs="+", metavar="RESULTS.h5")
     judging.add_argument("--json", action="store_true", help="machine-readable")
 
     reporting = _verb(verbs, "report", report)

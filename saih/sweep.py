@@ -25,18 +25,27 @@ LARGEST_GRID = 1_000_000
 Scalar = bool | int | float | str
 
 
-class StudyFile(BaseModel):
-    """The keys of a study: the same words as on the command line."""
+class Part(BaseModel):
+    """One grid of a study, with results and a report of its own."""
 
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
-    workload: str = DEFAULT_WORKLOAD
     axes: dict[str, list[Scalar] | None] = Field(
-        description="write axes: {data: [32, 64], model: }, a list of rungs for each axis, or nothing for all its rungs"
+        default_factory=dict,
+        description="write axes: {data: [32, 64], model: }, a list of rungs for an axis, or nothing for all its rungs",
     )
     set: dict[str, Scalar] = Field(
         default_factory=dict,
         description="write set: {width: 4, precision: bf16}, one value for each parameter; several make it an axis",
+    )
+
+
+class StudyFile(Part):
+    """The keys of a study: the same words as on the command line. What stands beside `parts` holds for all of them."""
+
+    workload: str = DEFAULT_WORKLOAD
+    parts: dict[str, Part] = Field(
+        default_factory=dict, description="write parts: {NAME: {axes: ..., set: ...}}, a grid each"
     )
     repeat: int | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
@@ -46,7 +55,18 @@ class StudyFile(BaseModel):
 
 def read_study(path: Path) -> StudyFile:
     """The study in a YAML file; SaihError names the line of what does not fit."""
-    return yamlfile.load(path, StudyFile)
+    study = yamlfile.load(path, StudyFile)
+    if study.parts and study.axes:
+        raise SaihError(f"{path}: a study has axes, or parts with axes, not both")
+    return study
+
+
+def grids(study: StudyFile, part: str | None, where: str) -> list[Part]:
+    """The grids of a study: itself, or its parts, or the one part that is named; SaihError names the valid ones."""
+    if part is not None and part not in study.parts:
+        raise unknown("part", part, study.parts, where)
+    chosen = study.parts.values() if part is None else [study.parts[part]]
+    return [Part(axes=each.axes, set=study.set | each.set) for each in chosen] or [study]
 
 
 def parse_axes(words: Sequence[str]) -> dict[str, list[Scalar] | None]:

@@ -99,8 +99,8 @@ def test_every_documented_command_is_one_the_command_line_takes(
     monkeypatch.chdir(tmp_path)
     options = cli._parser().parse_args(words_of(command))
     if options.verb is cli.sweep:
-        _, asked = cli._asked(options)
-        assert sweep.points(asked, {})
+        _, sweeps = cli._asked(options)
+        assert all(sweep.points(asked, {}) for asked in sweeps)
 
 
 @pytest.mark.parametrize("command", cheap_commands())
@@ -144,8 +144,8 @@ def test_every_study_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     studies = sorted((ROOT / "jobs" / "studies").glob("*.yaml"))
     assert studies
     for study in studies:
-        _, asked = cli._asked(cli._parser().parse_args(["sweep", str(study)]))
-        assert sweep.points(asked, {})
+        _, sweeps = cli._asked(cli._parser().parse_args(["sweep", str(study)]))
+        assert all(sweep.points(asked, {}) for asked in sweeps)
 
 
 def test_documented_sites_are_site_files(tmp_path: Path) -> None:

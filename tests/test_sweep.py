@@ -215,6 +215,11 @@ time_budget: 90
 
 
 def asked(*words: str) -> Sweep:
+    (one,) = all_asked(*words)
+    return one
+
+
+def all_asked(*words: str) -> list[Sweep]:
     return cli._asked(cli._parser().parse_args(["sweep", *words]))[1]
 
 
@@ -234,21 +239,59 @@ def test_the_command_line_goes_over_a_study(workplace: Path) -> None:
     assert (changed.repeat, changed.seed, changed.time_budget_s) == (1, 0, 120)
 
 
+PARTS = """
+set: {batch: 4, seconds: 0.1}
+parts:
+  widths: {axes: {model: [w4, w8]}}
+  ranks: {axes: {gpus: [1, 2]}, set: {samples: 4, seconds: 1}}
+repeat: 2
+"""
+
+
+def test_parts_of_a_study_are_sweeps_of_their_own(workplace: Path) -> None:
+    (workplace / "study.yaml").write_text(PARTS)
+    widths, ranks = all_asked("study.yaml", "--set=steps=3")
+    assert widths == asked("--axis=model=w4,w8", "--set=batch=4,seconds=0.1,steps=3", "--repeat=2")
+    assert ranks == asked("--axis=gpus=1,2", "--set=batch=4,seconds=1,samples=4,steps=3", "--repeat=2")
+    assert asked("study.yaml", "--part=ranks", "--set=steps=3") == ranks
+    assert [axis.name for axis in asked("study.yaml", "--part=ranks", "--axis=data=16").axes] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (PARTS, ["--part=rank"], r"^study\.yaml: unknown part 'rank'; did you mean ranks\? valid: widths, ranks"),
+        (PARTS, ["--axis=data"], r"^study\.yaml has 2 parts; say whose axes --axis replaces: --part NAME"),
+        (PARTS + "axes: {data: [32]}\n", [], r"^study\.yaml: a study has axes, or parts with axes, not both"),
+        ("axes: {data: [32]}\n", ["--part=a"], r"^study\.yaml: unknown part 'a'"),
+    ],
+)
+def test_mistakes_with_parts(text: str, words: list[str], message: str, workplace: Path) -> None:
+    (workplace / "study.yaml").write_text(text)
+    with pytest.raises(SaihError, match=message):
+        all_asked("study.yaml", *words)
+
+
+def test_only_studies_have_parts(workplace: Path) -> None:
+    with pytest.raises(SaihError, match="only a study file has parts"):
+        all_asked("cosmoflow", "--axis=data", "--part=a")
+
+
 def test_a_study_needs_only_axes(workplace: Path) -> None:
     (workplace / "study.yml").write_text("axes: {data: }\n")
     assert read_study(Path("study.yml")).workload == "cosmoflow"
     assert asked("study.yml") == asked("--axis=data")
 
 
-KEYS = "valid.*: workload, axes, set, repeat, seed, site, time_budget"
+KEYS = "valid.*: axes, set, workload, parts, repeat, seed, site, time_budget"
 AXES = "axes: {data: [32]}\n"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (AXES + "repeats: 3\n", rf"^bad\.yaml:2: unknown key 'repeats'; did you mean repeat\? {KEYS}"),
-        ("workload: cosmoflow\n", rf"^bad\.yaml: key axes is missing; {KEYS}"),
+        (AXES + "repeats: 3\n", rf"^bad\.yaml:2: unknown key 'repeats'; did you mean repeat or parts\? {KEYS}"),
+        ("workload: cosmoflow\n", r"^bad\.yaml: a sweep needs an axis; cosmoflow has: data, model"),
         ("", rf"^bad\.yaml: must be a mapping of keys; {KEYS}"),
         ("- data\n- model\n", rf"^bad\.yaml: must be a mapping of keys; {KEYS}"),
         ("axes: [data]\n", r"^bad\.yaml:1: axes: must be a mapping of keys, not \['data'\]; write axes: {data"),
