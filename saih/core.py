@@ -147,6 +147,8 @@ class Cost:
     flop: float
     work: float
     operations: tuple[Operation, ...] = ()
+    emulated_s: float = 0.0
+    """Seconds of a step that stand for what is not there: sleeps in place of compute, a link held to a rate."""
     parameters: int = 0
     device_bytes: float = 0.0
     """Peak device memory."""

@@ -81,7 +81,7 @@ def rates(site: Site, precision: str, ceilings: dict[str, float] | None) -> Rate
 
 def predict_step_s(cost: Cost, speed: Rates) -> float:
     """Roofline time of a step (Williams et al. 2009): each operation is bound by its FLOP, its bytes or its launch."""
-    return sum(
+    return cost.emulated_s + sum(
         max(operation.flop / speed.flop_per_s, operation.moved_bytes / speed.bytes_per_s, speed.launch_s)
         for operation in cost.operations
     )

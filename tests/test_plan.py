@@ -86,6 +86,9 @@ def test_a_step_is_the_sum_of_its_operations(
 def test_a_step_by_hand() -> None:
     operations = (Operation(2e9, 1e9), Operation(1e9, 5e9), Operation(1.0, 1.0))
     assert predict_step_s(Cost(0.0, 1.0, operations), Rates(1e9, 1e9, 0.25, "")) == pytest.approx(2 + 5 + 0.25)
+    assert predict_step_s(Cost(0.0, 1.0, operations, emulated_s=3), Rates(1e9, 1e9, 0.25, "")) == pytest.approx(
+        10 + 0.25
+    )
 
 
 def test_rates_are_measured_or_promised_or_guessed() -> None:
