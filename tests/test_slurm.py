@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,21 +14,10 @@ import yaml
 
 from saih import store
 from saih.schedulers import State, slurm
-from tests.cluster.slurm import PROGRAMS, Cluster, cluster, missing_programs
+from tests.cluster.slurm import Cluster
 
 TOYS = Path(__file__).parent / "toys"
 QUICK = "--set=seconds=0,steps=3,warmup=1"
-
-
-@pytest.fixture(scope="module")
-def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    absent = missing_programs()
-    if absent and os.environ.get("CI") == "true":
-        pytest.fail(f"{', '.join(absent)} not installed, and CI must not skip these tests")
-    if absent:
-        pytest.skip(f"Slurm is not installed: {', '.join(absent)} of {', '.join(PROGRAMS)} missing")
-    with cluster(tmp_path_factory.mktemp("slurm")) as running:
-        yield running
 
 
 class LoginNode:
