@@ -176,12 +176,13 @@ def _describe_this_machine(found: Discovery, scheduler: str) -> None:
 def _add_devices(found: Discovery, gpus: int, gpu_type: str, cores: int, source: str) -> None:
     """GPUs where their memory is known; else the cores, and what to fill in."""
     part = gpu_name(gpu_type)
-    memory_gib = site.catalogue_memory_gib(part) if part else None
+    stated = re.search(r"\b(\d+)GB\b", part)
+    memory_gib = float(stated[1]) if stated else site.catalogue_memory_gib(part)
     if gpus and memory_gib:
         found.add("device", "cuda", f"{source}: gres gpu:{gpu_type}:{gpus}")
         found.add("device_name", part, f"from the gres; {GUESS}: {GPU_QUERY}")
         found.add("gpus_per_node", gpus, source)
-        found.add("device_memory_gib", memory_gib, f"{GUESS}: the least such a part is sold with; {GPU_QUERY}")
+        found.add("device_memory_gib", memory_gib, f"{GUESS}: from the name, or the least such a part has; {GPU_QUERY}")
         found.add("threads_per_rank", max(1, cores // gpus), f"{source}: {cores} cores over {gpus} GPUs")
         return
     if gpus:

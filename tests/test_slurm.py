@@ -231,6 +231,12 @@ def test_slurms_words_become_states(word: str, state: State) -> None:
     assert slurm.state_of(word, "n[1-2]") == state
 
 
+def test_why_a_job_waits_is_told() -> None:
+    assert slurm.state_of("PENDING", "", "PartitionTimeLimit").detail == "PENDING (PartitionTimeLimit)"
+    assert slurm.state_of("PENDING", "", "None").detail == "PENDING"
+    assert slurm.state_of("RUNNING", "n1", "None") == State("running", detail="RUNNING", nodes=("n1",))
+
+
 @pytest.mark.parametrize(
     ("nodes", "names"),
     [
