@@ -274,9 +274,7 @@ def _judge(site: Site, point: Point, measured: dict[str, Any], folder: Path) -> 
     """What the measurement says, beside what this machine says."""
     numbers = measured["check"]
     cores = f"{numbers['cores']:.0f} cores each"
-    yield Finding(
-        True, f"{_words(point)}: ranks are where they should be, with a {site.device} and {cores}; sums right"
-    )
+    yield Finding(True, f"{_words(point)}: ranks where they should be, on {site.device}, {cores}; sums right")
     written = [rank for rank in range(point.ranks) if (folder / f"rank-{rank}-of-{point.ranks}").is_file()]
     if len(written) == point.ranks:
         yield Finding(True, f"{_words(point)}: the data folder is shared; clocks {numbers['clock_skew_s']:.2g} s apart")
