@@ -15,10 +15,10 @@ from saih import sweep as language
 from saih.errors import SaihError
 
 SINFO = """\
-cpu|up|infinite|100|1-infinite|2|64|2|512000|(null)
-gpu*|up|1-00:00:00|10|1-8|2|32|2|512000+|gpu:a100:4(S:0-1),nvme:1
-gpu*|up|1-00:00:00|2|1-8|2|32|2|1024000|gpu:a100:8(S:0-1)
-big|up|2:00:00|50|1-infinite|1|72|1|480000|gpu:gh200:4
+cpu*|up|infinite|100|1-infinite|2|64|2|512000|(null)
+gpu|up|1-00:00:00|10|1-8|2|32|2|512000+|gpu:a100:4(S:0-1),nvme:1
+gpu|up|1-00:00:00|2|1-8|2|32|2|1024000|gpu:a100:8(S:0-1)
+big|up|2:00:00|5|1-infinite|1|72|1|480000|gpu:gh200:4
 old|down|30:00|500|1-infinite|2|20|1|190000|gpu:tesla_v100-sxm2-32gb:4
 slurm_load_partitions: nonsense
 """
