@@ -178,6 +178,49 @@ def probe(options: argparse.Namespace) -> int:
     return 0
 
 
+def site(options: argparse.Namespace) -> int:
+    """Write the site file of this machine (init), or try a site out with tiny jobs (check)."""
+    return int(options.action(options))
+
+
+def _site_init(options: argparse.Namespace) -> int:
+    """Look at this machine and write its site file, each line with where its value comes from."""
+    from saih import discover
+    from saih import site as sites
+    from saih.files import write_atomic
+
+    found = discover.look(options.name, options.scheduler, options.partition)
+    path = options.output or Path("sites") / f"{found.name}.yaml"
+    if path.exists():
+        raise SaihError(f"{path} exists; remove it first, or write elsewhere with -o FILE.yaml")
+    write_atomic(path, lambda file: file.write(discover.render(found).encode()))
+    sites.load(str(path.absolute()))
+    print("\n".join([*found.found, *(f"to do: {each}" for each in found.to_do)]))
+    usual = path == Path("sites") / f"{found.name}.yaml"
+    print(f"wrote {path}; read it, then: saih site check {found.name if usual else path}")
+    return 0
+
+
+def _site_check(options: argparse.Namespace) -> int:
+    """Try a site out with one or two tiny jobs, and say in words what is wrong; exit status 1 if something is."""
+    from saih import check
+
+    chosen = _site(options.name)
+    _check_folders()
+    all_ok = True
+    for finding in check.check(chosen, JOBS, options.wait):
+        print(f"{'ok' if finding.ok else 'WRONG':6}{finding.text}", flush=True)
+        all_ok = all_ok and finding.ok
+        if not finding.ok:
+            print(f"{'':6}try: {finding.advice}")
+            if finding.log:
+                print(f"{'':6}log: {finding.log}")
+            print("".join(f"{'':6}| {line}\n" for line in finding.tail), end="", flush=True)
+    if all_ok:
+        print(f"all in order; now: saih sweep --axis data,model --site {options.name or chosen.name}")
+    return 0 if all_ok else 1
+
+
 def _asked(options: argparse.Namespace) -> tuple[Site, list[Sweep]]:
     """The site and the sweeps that the command line, or a study file and the command line over it, ask for."""
     from saih import sweep as language
@@ -468,6 +511,18 @@ def _parser() -> argparse.ArgumentParser:
     probing = _verb(verbs, "probe", probe)
     probing.add_argument("--site", metavar="NAME|FILE", help="which site (default: local)")
     probing.set_defaults(fresh=True, mixed=False)
+
+    actions = _verb(verbs, "site", site).add_subparsers(required=True, metavar="init|check")
+    finding = _verb(actions, "init", _site_init)
+    finding.add_argument("name", nargs="?", metavar="NAME", help="default: the cluster's name, or the host's")
+    finding.add_argument("--scheduler", metavar="NAME", help="take this one: slurm, local, ... (default: who answers)")
+    finding.add_argument("--partition", metavar="NAME", help="describe these nodes (default: those with GPUs)")
+    finding.add_argument("-o", "--output", type=Path, metavar="FILE.yaml", help="default: sites/NAME.yaml")
+    finding.set_defaults(verb=site, action=_site_init)
+    trying = _verb(actions, "check", _site_check)
+    trying.add_argument("name", nargs="?", metavar="NAME|FILE", help="which site (default: local)")
+    trying.add_argument("--wait", type=_positive, default=120, metavar="S", help="longest wait in the queue (120)")
+    trying.set_defaults(verb=site, action=_site_check)
     return parser
 
 

@@ -213,10 +213,22 @@ def nominal_cpu_peak(threads: int) -> Peak:
 
 def catalogue_peak(part: str) -> Peak:
     """Data-sheet peak of a GPU by its name, from parts.yaml; empty where it is not listed."""
-    for pattern, peak in _catalogue().items():
-        if all(word in part.lower().replace("-", " ").split() for word in pattern.lower().split()):
-            return Peak.model_validate(peak)
-    return Peak(source=f"{part} is not in the catalogue; state peak in the site file")
+    entry = _catalogue_entry(part)
+    if entry is None:
+        return Peak(source=f"{part} is not in the catalogue; state peak in the site file")
+    return Peak.model_validate({key: value for key, value in entry.items() if key != "memory_gib"})
+
+
+def catalogue_memory_gib(part: str) -> float | None:
+    """The least memory a GPU of that name is sold with, from parts.yaml; None where it is not listed."""
+    entry = _catalogue_entry(part)
+    return float(entry["memory_gib"]) if entry else None
+
+
+def _catalogue_entry(part: str) -> dict[str, Any] | None:
+    words = part.lower().replace("-", " ").split()
+    parts = _catalogue().items()
+    return next((entry for key, entry in parts if all(word in words for word in key.lower().split())), None)
 
 
 @cache

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
+
+from tests.cluster.slurm import PROGRAMS, Cluster, cluster, missing_programs
 
 settings.register_profile("saih", deadline=None)  # how fast a machine is says nothing about the rule
 settings.load_profile("saih")
@@ -35,3 +37,14 @@ def horovod() -> None:
         if os.environ.get("CI") == "true":
             pytest.fail("Horovod is not installed, and CI must not skip this test: make horovod")
         pytest.skip("Horovod is not installed: make horovod")
+
+
+@pytest.fixture(scope="module")
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    absent = missing_programs()
+    if absent and os.environ.get("CI") == "true":
+        pytest.fail(f"{', '.join(absent)} not installed, and CI must not skip these tests")
+    if absent:
+        pytest.skip(f"Slurm is not installed: {', '.join(absent)} of {', '.join(PROGRAMS)} missing")
+    with cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running

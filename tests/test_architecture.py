@@ -20,9 +20,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saih.launchers", "saih.workload", "saih.timing", "saih.environment", "saih.yamlfile", "saih.schedulers"),
     ("saih.site", "saih.sweep", "saih.mpi"),
     ("saih.analysis", "saih.plan"),
-    ("saih.catalogue", "saih.probe"),
+    ("saih.catalogue", "saih.probe", "saih.discover"),
     ("saih.jobs",),
     ("saih.drive", "saih.store"),
+    ("saih.check",),
     ("saih.report", "saih.live", "saih.text"),
     ("saih.cli",),
 )

@@ -15,7 +15,7 @@ import pytest
 from saih import __version__, cli, store
 from tests.synthetic import Scenario, make
 
-VERBS = ("list", "sweep", "status", "resume", "cancel", "gather", "claims", "report", "probe")
+VERBS = ("list", "sweep", "status", "resume", "cancel", "gather", "claims", "report", "probe", "site")
 SITE = """\
 device: cpu
 device_name: Z80

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,22 +15,11 @@ import yaml
 from saih import store
 from saih.files import read_json
 from saih.schedulers import State, slurm
-from tests.cluster.slurm import PROGRAMS, Cluster, cluster, missing_programs
+from tests.cluster.slurm import Cluster
 
 TOYS = Path(__file__).parent / "toys"
 OPEN_MPI_AS_ROOT = '  OMPI_ALLOW_RUN_AS_ROOT: "1"\n  OMPI_ALLOW_RUN_AS_ROOT_CONFIRM: "1"\n'
 QUICK = "--set=seconds=0,steps=3,warmup=1"
-
-
-@pytest.fixture(scope="module")
-def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    absent = missing_programs()
-    if absent and os.environ.get("CI") == "true":
-        pytest.fail(f"{', '.join(absent)} not installed, and CI must not skip these tests")
-    if absent:
-        pytest.skip(f"Slurm is not installed: {', '.join(absent)} of {', '.join(PROGRAMS)} missing")
-    with cluster(tmp_path_factory.mktemp("slurm")) as running:
-        yield running
 
 
 class LoginNode:
@@ -284,6 +273,12 @@ def jobs_of(login: LoginNode, axis: str, state: str) -> dict[str, str]:
 )
 def test_slurms_words_become_states(word: str, state: State) -> None:
     assert slurm.state_of(word, "n[1-2]") == state
+
+
+def test_why_a_job_waits_is_told() -> None:
+    assert slurm.state_of("PENDING", "", "PartitionTimeLimit").detail == "PENDING (PartitionTimeLimit)"
+    assert slurm.state_of("PENDING", "", "None").detail == "PENDING"
+    assert slurm.state_of("RUNNING", "n1", "None") == State("running", detail="RUNNING", nodes=("n1",))
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def states(ids: Sequence[str]) -> dict[str, State]:
     if not ids:
         return {}
     numbers = [_number(name) for name in ids]
-    answer = _call(["squeue", "--noheader", "--states=all", f"--jobs={','.join(numbers)}", "--format=%A|%j|%T|%N"])
+    answer = _call(["squeue", "--noheader", "--states=all", f"--jobs={','.join(numbers)}", "--format=%A|%j|%T|%N|%r"])
     if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
         return {name: State("queued", detail="the controller does not answer") for name in ids}
     known = _parse(answer.stdout)
@@ -94,8 +94,8 @@ def _parse(lines: str) -> dict[str, State]:
     found = {}
     for line in lines.splitlines():
         fields = line.split("|")
-        if len(fields) == 4 and fields[0].isdigit() and fields[2]:
-            found[_id(fields[0], fields[1])] = state_of(fields[2], fields[3])
+        if len(fields) in (4, 5) and fields[0].isdigit() and fields[2]:
+            found[_id(fields[0], fields[1])] = state_of(*fields[2:])
     return found
 
 
@@ -108,12 +108,12 @@ def _number(name: str) -> str:
     return name.split(" ", 1)[0]
 
 
-def state_of(word: str, nodes: str) -> State:
-    """A State from Slurm's word ("CANCELLED by 1000" from sacct) and node list ("n[1-2,4]")."""
+def state_of(word: str, nodes: str, reason: str = "") -> State:
+    """A State from Slurm's word ("CANCELLED by 1000" from sacct), node list ("n[1-2,4]") and why it waits."""
     key = word.split()[0].rstrip("+")
     where = expand(nodes)
     if key in QUEUED:
-        return State("queued", detail=key)
+        return State("queued", detail=f"{key} ({reason})" if reason not in ("", "None") else key)
     if key in RUNNING:
         return State("running", detail=key, nodes=where)
     return State("ended", CAUSES.get(key, ""), key, where)
