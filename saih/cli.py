@@ -281,7 +281,7 @@ def _plan(asked: Sweep, site: Site, ceilings: dict[str, Any] | None, fresh: bool
 
 def _drive(plan: Plan, options: argparse.Namespace, ceilings: dict[str, Any] | None, command: list[str]) -> SweepFolder:
     """Run what is not measured yet, under the sweep's lock."""
-    from saih import drive, environment, jobs, schedulers
+    from saih import drive, jobs, schedulers
 
     folder = jobs.SweepFolder(JOBS / plan.name)
     with folder.lock():
@@ -290,7 +290,7 @@ def _drive(plan: Plan, options: argparse.Namespace, ceilings: dict[str, Any] | N
             scheduler.cancel(list(drive.live_jobs(folder, scheduler)))  # else they would go on filling the folder
             jobs.set_aside(folder)
         if not options.mixed:
-            jobs.refuse_other_code(folder, plan, environment.own_version()["source"])
+            jobs.refuse_other_code(folder, plan, jobs.version_of(plan)["source"])
         folder = jobs.prepare(plan, JOBS, command, ceilings)
         _follow(folder, plan)
     return folder
@@ -323,12 +323,12 @@ def _finish(folder: SweepFolder, mixed: bool) -> int:
 
 def _dry_run(plan: Plan) -> int:
     """Show what would run, write its scripts, start nothing."""
-    from saih import environment, jobs
+    from saih import jobs
     from saih.plan import pack
 
     folder = jobs.SweepFolder(JOBS / plan.name)
     written = [
-        jobs.write_job(job, folder, plan.site, environment.own_version())
+        jobs.write_job(job, folder, plan.site, jobs.version_of(plan))
         for job in pack(plan.kept, plan.site, folder.path / "dry-run")
     ]
     _print_plan(plan, everything=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from saih import environment, schedulers
+from saih import schedulers
 from saih.core import FORMAT, Job, Point
 from saih.files import blamed_on, read_record, write_json
-from saih.jobs import ENDED_KEYS, PACK_KEYS, SUBMITTED_KEYS, SweepFolder, log_tail, write_job
+from saih.jobs import ENDED_KEYS, PACK_KEYS, SUBMITTED_KEYS, SweepFolder, log_tail, version_of, write_job
 from saih.plan import Plan, pack
 from saih.schedulers import Scheduler, State
 
@@ -81,7 +81,7 @@ class Drive:
         self.folder, self.plan = folder, plan
         self.scheduler = schedulers.load(plan.site.scheduler)
         self.most_queued = plan.site.max_queued or self.scheduler.MAX_QUEUED
-        self.version = environment.own_version()
+        self.version = version_of(plan)
         self.progress = Progress({item.point.id: item.point for item in plan.kept})
         self.progress.measured |= {point.id for point in self.progress.waiting.values() if folder.is_measured(point)}
         self.live: dict[str, LiveJob] = {}

@@ -25,7 +25,7 @@ MACHINE_KEYS = (
 )
 """Two measurements that differ in one of these do not belong in one trend."""
 
-MEASURING = ("core", "errors", "files", "workload", "launchers", "timing", "environment", "worker")
+MEASURING = ("core", "errors", "files", "workload", "launchers", "mpi", "timing", "environment", "worker")
 """Modules of saih that run inside a job."""
 
 SCHEDULER_PREFIXES = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "PBS_JOBID", "FLUX_JOB_ID")
@@ -60,23 +60,27 @@ def capture(device: str, version: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def own_version() -> dict[str, Any]:
-    """This saih: version, digest of the code that measures, and where that is a git checkout, commit and dirty flag."""
+def own_version(workload: Path) -> dict[str, Any]:
+    """This saih: version, digest of the code that measures a workload, and of a git checkout its commit and dirty flag.
+
+    `workload` is the folder with the code of its family.
+    """
     from saih import __version__
 
     root = Path(__file__).resolve().parent.parent
     commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "saih", "workloads") if commit else ""
-    return {"saih": __version__, "source": source_digest(root), "commit": commit or "", "dirty": bool(changes)}
+    return {"saih": __version__, "source": source_digest(workload), "commit": commit or "", "dirty": bool(changes)}
 
 
-def source_digest(root: Path) -> str:
-    """Digest of the Python files a measurement depends on: the worker's side of saih, and the workloads; 16 digits."""
-    files = [root / "saih" / f"{name}.py" for name in MEASURING]
-    files += sorted((root / "workloads").rglob("*.py"))
+def source_digest(workload: Path) -> str:
+    """Digest of the Python a measurement depends on, the worker's side of saih and the workload's family; 16 digits."""
+    own = Path(__file__).resolve().parent
+    files = {f"saih/{name}.py": own / f"{name}.py" for name in MEASURING}
+    files |= {str(path.relative_to(workload.parent)): path for path in sorted(workload.rglob("*.py"))}
     content = hashlib.sha256()
-    for path in files:
-        content.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    for name, path in files.items():
+        content.update(f"{name}\n".encode() + path.read_bytes())
     return content.hexdigest()[:16]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import jinja2
 
-from saih import environment, launchers, schedulers
+from saih import environment, launchers, schedulers, workload
 from saih.core import FORMAT, Cost, Job, Point, Sweep
 from saih.errors import SaihError, unknown
 from saih.files import blamed_on, locked, read_record, write_atomic, write_json
@@ -139,6 +139,11 @@ def load_plan(folder: SweepFolder) -> Plan:
     return Plan(asked, told["name"], site, tuple(kept), ())
 
 
+def version_of(plan: Plan) -> dict[str, Any]:
+    """What measures the points of a plan: version, digest of the code, commit."""
+    return environment.own_version(workload.family_folder(plan.sweep.workload))
+
+
 def set_aside(folder: SweepFolder) -> None:
     """Move what was measured before into a folder of its own: nothing is lost, and nothing of it is used."""
     if folder.points.exists():
@@ -182,7 +187,7 @@ def describe(plan: Plan, command: Sequence[str], ceilings: Mapping[str, Any] | N
         "time_budget_s": sweep.time_budget_s,
         "site": plan.site.model_dump(mode="json"),
         "command": list(command),
-        "version": environment.own_version(),
+        "version": version_of(plan),
         "ceilings": ceilings,
         "points": [_planned(item) for item in plan.kept],
         "pruned": [_planned(item.forecast) | {"kind": item.kind, "reason": item.reason} for item in plan.pruned],

@@ -63,15 +63,29 @@ def bench(name: str) -> BenchModule:
     return cast(BenchModule, _module(name, "bench"))
 
 
+def family_folder(name: str) -> Path:
+    """The folder with all code of a workload: below `workloads` its family's, elsewhere its own."""
+    parts = _package(name).split(".")
+    package = ".".join(parts[:2] if parts[0] == "workloads" else parts)
+    source = importlib.util.find_spec(package)
+    if source is None or not source.submodule_search_locations:
+        raise SaihError(f"workload {name}: there is no package {package}")
+    return Path(source.submodule_search_locations[0])
+
+
 def parameters(workload: Spec) -> dict[str, Parameter]:
     """All parameters of a workload by name: its own, then the common ones."""
     return {parameter.name: parameter for parameter in (*workload.PARAMETERS, *COMMON)}
 
 
-def _module(name: str, part: str) -> ModuleType:
-    package = packages().get(name)
-    if package is None:
+def _package(name: str) -> str:
+    if name not in packages():
         raise unknown("workload", name, packages())
+    return packages()[name]
+
+
+def _module(name: str, part: str) -> ModuleType:
+    package = _package(name)
     try:
         return importlib.import_module(f"{package}.{part}")
     except MemoryError:  # the machine's fault, and known as such to the worker

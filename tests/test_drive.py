@@ -51,8 +51,8 @@ def run(folder: SweepFolder, end: State, monkeypatch: pytest.MonkeyPatch) -> tup
 
     monkeypatch.setattr(schedulers, "load", lambda name: Doomed(end))
     monkeypatch.setattr(drive, "write_job", write_job)
-    point = Point("faulty", {each.name: each.default for each in COMMON})
-    plan = Plan(Sweep("faulty", ()), "s", cpu_site(nodes=4), (Forecast(point, Cost(0.0, 1.0), 0.0, 10.0),), ())
+    point = Point("smoke", {each.name: each.default for each in COMMON})
+    plan = Plan(Sweep("smoke", ()), "s", cpu_site(nodes=4), (Forecast(point, Cost(0.0, 1.0), 0.0, 10.0),), ())
     drive.run(folder, plan)
     return submitted, read_json(folder.points / point.folder / "failure.json")
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import yaml
 from saih import store
 from saih.files import read_json
 from saih.schedulers import State, slurm
-from tests.cluster.slurm import Cluster
+from tests.cluster.slurm import Cluster, cluster
 
 TOYS = Path(__file__).parent / "toys"
 OPEN_MPI_AS_ROOT = '  OMPI_ALLOW_RUN_AS_ROOT: "1"\n  OMPI_ALLOW_RUN_AS_ROOT_CONFIRM: "1"\n'

@@ -186,8 +186,20 @@ def test_a_process_no_launcher_started_is_told_so() -> None:
     assert launchers.place({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == Place(3, 1, 4)
 
 
+def test_the_digest_is_of_the_family_of_the_workload_and_of_saih(tmp_path: Path) -> None:
+    (tmp_path / "family" / "system").mkdir(parents=True)
+    (tmp_path / "family" / "shared.py").write_text("A = 1\n")
+    before = environment.source_digest(tmp_path / "family")
+    (tmp_path / "other.py").write_text("B = 1\n")
+    assert environment.source_digest(tmp_path / "family") == before
+    (tmp_path / "family" / "shared.py").write_text("A = 2\n")
+    assert environment.source_digest(tmp_path / "family") != before
+    assert workload.family_folder("cosmoflow").name == "cosmology"
+    assert workload.family_folder("ceilings").name == "ceilings"
+
+
 def test_the_environment_names_what_must_not_be_mixed() -> None:
-    seen = environment.capture("cpu", environment.own_version())
+    seen = environment.capture("cpu", environment.own_version(workload.family_folder("cosmoflow")))
     assert set(environment.MACHINE_KEYS) <= set(seen)
     assert seen["torch"] == torch.__version__
     assert seen["processor"]
