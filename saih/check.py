@@ -155,7 +155,7 @@ SYMPTOMS = (
     Symptom(
         r"a rank may use (?P<what>\d+ cores.*)",
         "the ranks are tied to too few cores: {what}",
-        "SRUN_CPUS_PER_TASK under environment, as threads_per_rank; or a lower threads_per_rank",
+        "a lower threads_per_rank; or a launcher that binds ranks less tightly",
     ),
     Symptom(r"clocks of the nodes differ by .*", "{matched}", "tell whoever runs the machine; file times mislead"),
     Symptom(r"sum over \d+ ranks is wrong.*", "{matched}", "torch and its network library do not fit together"),

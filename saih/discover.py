@@ -144,11 +144,6 @@ def _describe_slurm(found: Discovery, partition: str | None) -> None:
     memory_limit = _memory_limit(group.partition)
     if memory_limit:
         found.add("submit.extra", ["--mem=0"], f"asked of scontrol: a job gets {memory_limit} else; 0 is all memory")
-    found.add(
-        "environment.SRUN_CPUS_PER_TASK",
-        str(_threads(found)),
-        "as threads_per_rank: since Slurm 22.05, srun gives a rank one core unless told",
-    )
 
 
 def _describe_this_machine(found: Discovery, scheduler: str) -> None:
@@ -340,10 +335,6 @@ def _nodes_in_words(group: NodeGroup) -> str:
     gpus = f", {group.gpus} GPUs ({group.gpu_type or 'no type'})" if group.gpus else ""
     limit = "no time limit" if group.minutes is None else f"at most {group.minutes:g} min"
     return f"{group.nodes} nodes with {group.cores} cores, {group.memory_gib:g} GiB{gpus}, {limit}"
-
-
-def _threads(found: Discovery) -> int:
-    return int(next(line.value for line in found.lines if line.key == "threads_per_rank" and line.value))
 
 
 def _memory_limit(partition: str) -> str:

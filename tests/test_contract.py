@@ -252,6 +252,7 @@ def test_scripts_quote_everything(name: str, hostile: Path) -> None:
     script = hostile / "job.sh"
     script.write_text(text)
     granted = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # what a batch scheduler's node list tells
+    granted["TMPDIR"] = str(hostile)  # the lock of local jobs: nobody else's job is waited for
     words = ["bash", str(script)]
     done = subprocess.run(words, cwd="/", env=granted, capture_output=True, text=True, check=True)
     log = Path(job.folder, "log.txt")  # some scripts open their log themselves
