@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from saih import store
-from saih.schedulers import State, slurm
+from saih.schedulers import State, expand, slurm
 from tests.cluster.slurm import PROGRAMS, Cluster, cluster, missing_programs
 
 TOYS = Path(__file__).parent / "toys"
@@ -255,4 +255,4 @@ def test_slurms_words_become_states(word: str, state: State) -> None:
     ],
 )
 def test_node_lists_expand(nodes: str, names: tuple[str, ...]) -> None:
-    assert slurm.expand(nodes) == names
+    assert expand(nodes) == names
