@@ -240,6 +240,6 @@ def test_a_script_runs_what_was_written_and_nothing_else(
     assert words[-3:] == ["-m", "saih.worker", str(folder / "000" / "pack.json")]
     seen = commands.environment()
     assert (seen["MASTER_ADDR"], seen["MASTER_PORT"], seen["MINE"]) == ("n7", "21007", "$(touch oops)\n'\"; touch oops")
-    assert seen["PWD"] == str(folder)  # noqa: S105 (a folder)
+    assert seen["PWD"] == str(folder)
     assert not list(tmp_path.rglob("oops"))
     assert not Path("/oops").exists()
