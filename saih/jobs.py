@@ -222,14 +222,15 @@ def write_job(job: Job, folder: SweepFolder, site: Site, version: Mapping[str, A
 
 def render(job: Job, sweep: str, site: Site) -> str:
     """The job script, from the scheduler's template; all but the user's own set-up lines is quoted."""
-    template = schedulers.load(site.scheduler).TEMPLATE
+    scheduler = schedulers.load(site.scheduler)
+    _check_submission(site, scheduler)
     python = [*site.container, site.python or sys.executable]
     worker = ["-m", "saih.worker", str(Path(job.folder, "pack.json").absolute())]
-    words = launchers.command(site.launcher, job, site.mpi, python, worker)
+    words = launchers.command(site.launcher, job, site.mpi, python, worker, scheduler.AGENTS)
     variables = {"OMP_NUM_THREADS": str(site.threads_per_rank), "PYTHONPATH": _python_path()} | dict(site.environment)
     return (
         _templates()
-        .get_template(template)
+        .get_template(scheduler.TEMPLATE)
         .render(
             job=job,
             sweep=sweep,
@@ -241,6 +242,15 @@ def render(job: Job, sweep: str, site: Site) -> str:
             command=words,
         )
     )
+
+
+def _check_submission(site: Site, scheduler: schedulers.Scheduler) -> None:
+    """SaihError where the site asks for something its scheduler has no notion of."""
+    stated = [name for name, value in site.submit if value]
+    foreign = [name for name in stated if name not in scheduler.SUBMIT]
+    if foreign:
+        valid = f"valid: {', '.join(scheduler.SUBMIT)}" if scheduler.SUBMIT else "it takes none"
+        raise SaihError(f"site {site.name}: scheduler {site.scheduler} has no submit.{foreign[0]}; {valid}")
 
 
 def status(folder: SweepFolder) -> dict[str, int]:

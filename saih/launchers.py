@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,19 +17,27 @@ from saih.errors import SaihError, unknown
 
 
 def torchrun(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> list[str]:
-    """One agent a node starts its ranks and stops them all when one dies; agents meet at $PET_RDZV_ENDPOINT."""
+    """One agent a node starts its ranks and stops them all when one dies; agents meet at $PET_RDZV_ENDPOINT.
+
+    On several nodes this is what each agent is started with: `command` says how.
+    """
     agent = ["-m", "torch.distributed.run", f"--nproc-per-node={job.gpus}", "--max-restarts=0"]
     if job.nodes == 1:
         return [*python, *agent, "--standalone", *worker]
     meet = [f"--nnodes={job.nodes}", "--rdzv-backend=c10d", f"--rdzv-id=saih-{job.name}"]
-    one_a_node = [f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    return ["srun", *one_a_node, *python, *agent, *meet, *worker]
+    return [*python, *agent, *meet, *worker]
 
 
 def srun(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> list[str]:
     """Slurm starts every rank; all stop when one fails."""
     ranks = [f"--nodes={job.nodes}", f"--ntasks={job.ranks}", f"--ntasks-per-node={job.gpus}", "--kill-on-bad-exit=1"]
     return ["srun", *ranks, *([f"--mpi={mpi}"] if mpi else []), *python, *worker]
+
+
+def flux(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> list[str]:
+    """Flux starts every rank with its share of the cores; all stop when one fails."""
+    ranks = [f"--nodes={job.nodes}", f"--ntasks={job.ranks}", "--exclusive"]
+    return ["flux", "run", *ranks, "--setopt=cpu-affinity=per-task", "--setopt=exit-on-error", *python, *worker]
 
 
 def mpiexec(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> list[str]:
@@ -50,7 +59,7 @@ def horovodrun(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str])
 
 
 LAUNCHERS: dict[str, Callable[[Job, str, Sequence[str], Sequence[str]], list[str]]] = {
-    launcher.__name__: launcher for launcher in (torchrun, srun, mpiexec, openmpi, horovodrun)
+    launcher.__name__: launcher for launcher in (torchrun, srun, flux, mpiexec, openmpi, horovodrun)
 }
 
 ENVIRONMENTS = (
@@ -58,19 +67,24 @@ ENVIRONMENTS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
     ("HOROVOD_RANK", "HOROVOD_LOCAL_RANK", "HOROVOD_SIZE"),  # horovodrun
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),  # MPICH's mpiexec; inside Slurm its proxies have a SLURM_PROCID too
+    ("FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID", "FLUX_JOB_SIZE"),  # flux run, which sets PMI_RANK and PMI_SIZE too
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),  # srun
 )
 """Names of rank, local rank and world size, the innermost launcher first."""
 
 
-def command(launcher: str, job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> list[str]:
+def command(
+    launcher: str, job: Job, mpi: str, python: Sequence[str], worker: Sequence[str], agents: str = ""
+) -> list[str]:
     """The words that start `worker`, arguments of `python`, on all ranks of the job.
 
-    `python` is one word, or several where a container comes first.
+    `python` is one word, or several where a container comes first. `agents` is the launcher by which torchrun's agents
+    start on several nodes, as the scheduler has it.
     """
     if launcher not in LAUNCHERS:
         raise unknown("launcher", launcher, LAUNCHERS)
-    return LAUNCHERS[launcher](job, mpi, python, worker)
+    words = LAUNCHERS[launcher](job, mpi, python, worker)
+    return command(agents, replace(job, gpus=1), "", [], words) if launcher == "torchrun" and job.nodes > 1 else words
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:

@@ -24,7 +24,7 @@ from saih import jobs, launchers, schedulers, store, workload
 from saih.analysis.cells import RATES
 from saih.core import COMMON, Axis, Claim, Cost, Job, Parameter, Params, Point, axis_of
 from saih.errors import SaihError
-from saih.site import Site
+from saih.site import Site, Submission
 
 ROOT = Path(__file__).parent.parent
 WORKLOADS = list(workload.packages())
@@ -228,6 +228,8 @@ def test_a_scheduler_defines_every_member(name: str) -> None:
     assert scheduler.MAX_QUEUED >= 1
     assert 0 < scheduler.SHORTEST_PAUSE_S <= scheduler.LONGEST_PAUSE_S
     assert isinstance(scheduler.CANCEL_ON_INTERRUPT, bool)
+    assert set(scheduler.SUBMIT) <= set(Submission.model_fields)
+    assert scheduler.AGENTS in ("", *launchers.LAUNCHERS)
     assert all(callable(getattr(scheduler, member)) for member in ("submit", "find", "states", "cancel"))
 
 
@@ -274,9 +276,9 @@ def test_a_set_up_line_that_fails_ends_the_job(name: str, hostile: Path) -> None
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "slurm"])
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in ("flux", "pbs", "slurm")])
 def test_a_job_nobody_knows_has_ended(name: str, tmp_path: Path) -> None:
-    """Slurm has to be asked for that: tests/test_slurm.py does."""
+    """Batch schedulers have to be asked for that: their own tests do."""
     scheduler = schedulers.load(name)
     ids = [str(tmp_path / "000"), "999999999", HOSTILE]
     states = scheduler.states(ids)
@@ -353,6 +355,8 @@ import subprocess
 from saih.schedulers import State
 
 TEMPLATE = "local.sh.j2"
+SUBMIT = ()
+AGENTS = ""
 MAX_QUEUED = 2
 SHORTEST_PAUSE_S = LONGEST_PAUSE_S = 0.1
 CANCEL_ON_INTERRUPT = True

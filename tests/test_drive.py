@@ -20,6 +20,8 @@ class Doomed:
     """Accepts jobs; each has ended, in the same way, when it is asked for."""
 
     TEMPLATE = "local.sh.j2"
+    SUBMIT: tuple[str, ...] = ()
+    AGENTS = ""
     MAX_QUEUED = 1
     SHORTEST_PAUSE_S = LONGEST_PAUSE_S = 0.01
     CANCEL_ON_INTERRUPT = True

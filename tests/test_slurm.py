@@ -14,7 +14,7 @@ import yaml
 
 from saih import store
 from saih.files import read_json
-from saih.schedulers import State, slurm
+from saih.schedulers import State, expand, slurm
 from tests.cluster.slurm import Cluster, cluster
 
 TOYS = Path(__file__).parent / "toys"
@@ -294,4 +294,4 @@ def test_why_a_job_waits_is_told() -> None:
     ],
 )
 def test_node_lists_expand(nodes: str, names: tuple[str, ...]) -> None:
-    assert slurm.expand(nodes) == names
+    assert expand(nodes) == names

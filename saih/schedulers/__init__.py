@@ -3,6 +3,8 @@
 A scheduler module defines
 
 - `TEMPLATE`: file name of its job script's Jinja2 template in saih/templates, or in ./templates to override it;
+- `SUBMIT`: the keys of a site's `submit` it has a notion of; a site that states another is refused;
+- `AGENTS`: the launcher by which torchrun starts its agent on each of several nodes;
 - `MAX_QUEUED`: how many jobs of one sweep it is handed at a time, where the site does not say;
 - `SHORTEST_PAUSE_S`, `LONGEST_PAUSE_S`: between two questions for states; the pause grows while nothing changes;
 - `CANCEL_ON_INTERRUPT`: whether Ctrl-C stops the jobs too, or leaves them to run;
@@ -16,12 +18,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
-from saih.errors import unknown
+from saih.errors import SaihError, unknown
 
 Cause = Literal["", "preempted", "node-fail", "boot-fail", "timeout", "out-of-memory", "cancelled"]
 
@@ -42,6 +47,8 @@ class Scheduler(Protocol):
     """What a scheduler module defines."""
 
     TEMPLATE: str
+    SUBMIT: tuple[str, ...]
+    AGENTS: str
     MAX_QUEUED: int
     SHORTEST_PAUSE_S: float
     LONGEST_PAUSE_S: float
@@ -59,6 +66,50 @@ class Scheduler(Protocol):
 def job_name(home: Path) -> str:
     """What a job is called in the queue: "saih-<sweep>-<number>", from its folder jobs/<sweep>/jobs/<number>."""
     return f"saih-{home.parent.parent.name}-{home.name}"
+
+
+def call(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """What a scheduler's command answers; SaihError where it is not installed.
+
+    It runs in `/`: schedulers note the folder they are called from, and some stumble over its name.
+    """
+    if shutil.which(words[0]) is None:
+        raise SaihError(f"{words[0]} is not on this machine's PATH; run saih where the scheduler's commands are")
+    return subprocess.run(words, cwd="/", capture_output=True, text=True, errors="replace", check=False)
+
+
+def first_line(text: str) -> str:
+    """The first line of what a command complains of."""
+    return next((line for line in text.splitlines() if line.strip()), "no reason given")
+
+
+def job_id(number: str, name: str) -> str:
+    """An id that another job cannot take over: a number alone comes again once a scheduler counts anew."""
+    return f"{number} {name}"
+
+
+def number_of(name: str) -> str:
+    """The scheduler's own number in a `job_id`."""
+    return name.split(" ", 1)[0]
+
+
+def expand(nodes: str) -> tuple[str, ...]:
+    """Host names of a Slurm or Flux node list: "n[1-2,04],m7" -> n1, n2, n04, m7; none of "(null)", "None assigned"."""
+    if not nodes or nodes.startswith(("(", "None")):
+        return ()
+    found: list[str] = []
+    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", nodes):
+        match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", part)
+        found += _ranges(*match.groups()) if match else [part]
+    return tuple(found)
+
+
+def _ranges(prefix: str, ranges: str, suffix: str) -> list[str]:
+    names = []
+    for each in ranges.split(","):
+        first, _, last = each.partition("-")
+        names += [f"{prefix}{n:0{len(first)}d}{suffix}" for n in range(int(first), int(last or first) + 1)]
+    return names
 
 
 def names() -> list[str]:

@@ -18,6 +18,8 @@ from pathlib import Path
 from saih.schedulers import State
 
 TEMPLATE = "local.sh.j2"
+SUBMIT: tuple[str, ...] = ()
+AGENTS = ""  # it has one node
 MAX_QUEUED = 1
 SHORTEST_PAUSE_S = LONGEST_PAUSE_S = 0.1
 CANCEL_ON_INTERRUPT = True

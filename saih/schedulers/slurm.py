@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from saih.errors import SaihError
-from saih.schedulers import Cause, State, job_name
+from saih.schedulers import Cause, State, call, expand, first_line, job_id, job_name, number_of
 
 TEMPLATE = "slurm.sh.j2"
+SUBMIT = ("account", "partition", "qos", "constraint", "reservation", "gres", "exclusive", "extra")
+AGENTS = "srun"
 MAX_QUEUED = 20
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 CANCEL_ON_INTERRUPT = False
@@ -45,17 +43,17 @@ def submit(script: Path) -> str:
     """`sbatch`. The script opens its log itself: in a path of Slurm's own, some characters mean something or fail."""
     home = script.parent.absolute()
     words = ["sbatch", "--parsable", f"--job-name={job_name(home)}", "--chdir=/", "--output=/dev/null"]
-    answer = _call([*words, str(home / script.name)])
+    answer = call([*words, str(home / script.name)])
     if answer.returncode != 0:
-        raise SaihError(f"sbatch refused {script}: {_first_line(answer.stderr)}")
-    return _id(answer.stdout.strip().split(";")[0], job_name(home))
+        raise SaihError(f"sbatch refused {script}: {first_line(answer.stderr)}")
+    return job_id(answer.stdout.strip().split(";")[0], job_name(home))
 
 
 def find(home: Path) -> str | None:
     """By the job's name: it is in no other folder's queue."""
-    answer = _call(["squeue", "--noheader", "--me", "--states=all", f"--name={job_name(home)}", "--format=%A"])
+    answer = call(["squeue", "--noheader", "--me", "--states=all", f"--name={job_name(home)}", "--format=%A"])
     numbers = answer.stdout.split()
-    return _id(max(numbers, key=int), job_name(home)) if numbers else None
+    return job_id(max(numbers, key=int), job_name(home)) if numbers else None
 
 
 def states(ids: Sequence[str]) -> dict[str, State]:
@@ -65,12 +63,12 @@ def states(ids: Sequence[str]) -> dict[str, State]:
     """
     if not ids:
         return {}
-    numbers = [_number(name) for name in ids]
-    answer = _call(["squeue", "--noheader", "--states=all", f"--jobs={','.join(numbers)}", "--format=%A|%j|%T|%N|%r"])
+    numbers = [number_of(name) for name in ids]
+    answer = call(["squeue", "--noheader", "--states=all", f"--jobs={','.join(numbers)}", "--format=%A|%j|%T|%N|%r"])
     if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
         return {name: State("queued", detail="the controller does not answer") for name in ids}
     known = _parse(answer.stdout)
-    forgotten = [_number(name) for name in ids if name not in known]
+    forgotten = [number_of(name) for name in ids if name not in known]
     if forgotten:
         known |= _parse(_remembered(forgotten))
     return {name: known.get(name, State("ended", detail="forgotten by the scheduler")) for name in ids}
@@ -79,14 +77,14 @@ def states(ids: Sequence[str]) -> dict[str, State]:
 def cancel(ids: Sequence[str]) -> None:
     """`scancel` of all."""
     if ids:
-        _call(["scancel", *(_number(name) for name in ids)])
+        call(["scancel", *(number_of(name) for name in ids)])
 
 
 def _remembered(numbers: Sequence[str]) -> str:
     """Lines "number|name|STATE|nodes" of accounting, none where there is no accounting. An id's last line counts."""
     fields = "--format=JobIDRaw,JobName,State,NodeList"
     chosen = f"--jobs={','.join(numbers)}"
-    answer = _call(["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", chosen, fields])
+    answer = call(["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", chosen, fields])
     return answer.stdout if answer.returncode == 0 else ""
 
 
@@ -95,17 +93,8 @@ def _parse(lines: str) -> dict[str, State]:
     for line in lines.splitlines():
         fields = line.split("|")
         if len(fields) in (4, 5) and fields[0].isdigit() and fields[2]:
-            found[_id(fields[0], fields[1])] = state_of(*fields[2:])
+            found[job_id(fields[0], fields[1])] = state_of(*fields[2:])
     return found
-
-
-def _id(number: str, name: str) -> str:
-    """The number alone could be another job's, once Slurm has started counting anew."""
-    return f"{number} {name}"
-
-
-def _number(name: str) -> str:
-    return name.split(" ", 1)[0]
 
 
 def state_of(word: str, nodes: str, reason: str = "") -> State:
@@ -117,34 +106,3 @@ def state_of(word: str, nodes: str, reason: str = "") -> State:
     if key in RUNNING:
         return State("running", detail=key, nodes=where)
     return State("ended", CAUSES.get(key, ""), key, where)
-
-
-def expand(nodes: str) -> tuple[str, ...]:
-    """Host names of a node list: "n[1-2,04],m7" -> n1, n2, n04, m7. Empty for "(null)" or "None assigned"."""
-    if not nodes or nodes.startswith(("(", "None")):
-        return ()
-    found: list[str] = []
-    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", nodes):
-        match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", part)
-        found += _ranges(*match.groups()) if match else [part]
-    return tuple(found)
-
-
-def _ranges(prefix: str, ranges: str, suffix: str) -> list[str]:
-    names = []
-    for each in ranges.split(","):
-        first, _, last = each.partition("-")
-        names += [f"{prefix}{n:0{len(first)}d}{suffix}" for n in range(int(first), int(last or first) + 1)]
-    return names
-
-
-def _call(words: list[str]) -> subprocess.CompletedProcess[str]:
-    if shutil.which(words[0]) is None:
-        raise SaihError(f"{words[0]} is not on this machine's PATH; run saih where Slurm's commands are")
-    return subprocess.run(
-        words, capture_output=True, text=True, check=False, env=os.environ | {"SLURM_TIME_FORMAT": "standard"}
-    )
-
-
-def _first_line(text: str) -> str:
-    return next((line for line in text.splitlines() if line.strip()), "no reason given")
