@@ -48,6 +48,8 @@ class Submission(BaseModel):
     constraint: Word | None = None
     reservation: Word | None = None
     gres: Word | None = None
+    dependency: Word | None = None
+    """Jobs to wait for, as the scheduler spells it: "afterok:1234"."""
     exclusive: bool = False
     extra: tuple[Word, ...] = ()
     """Further options, each as the scheduler spells it: "--mail-type=END"."""

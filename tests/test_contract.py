@@ -233,6 +233,19 @@ def test_a_scheduler_defines_every_member(name: str) -> None:
     assert all(callable(getattr(scheduler, member)) for member in ("submit", "find", "states", "cancel"))
 
 
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if schedulers.load(name).SUBMIT])
+def test_what_a_site_asks_of_its_scheduler_stands_in_the_script(name: str, tmp_path: Path) -> None:
+    """Each key that the scheduler has a notion of, in the part of the script that it reads."""
+    fields = [each for each in schedulers.load(name).SUBMIT if each not in ("exclusive", "extra")]
+    asked = {each: f"x{each}:1" for each in fields} | {"exclusive": True, "extra": ("--first=1", "--second=2")}
+    text = jobs.render(toy_job(tmp_path / "000"), "sweep", site_for(name, submit=asked))
+    plain = jobs.render(toy_job(tmp_path / "000"), "sweep", site_for(name))
+    added = [line for line in text.splitlines() if line not in plain.splitlines()]
+    assert all(re.match(r"#(SBATCH|PBS| flux:)", line) for line in added)
+    for value in [*(f"x{each}:1" for each in fields), "--first=1", "--second=2", "excl"]:
+        assert sum(value in line for line in added) == 1, value
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scripts_quote_everything(name: str, hostile: Path) -> None:
     site = site_for(name, environment={"PLAIN": "1", "HOSTILE": HOSTILE}, setup=("export FROM_SETUP=yes",))

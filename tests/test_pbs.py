@@ -227,7 +227,7 @@ def test_a_script_runs_what_was_written_and_nothing_else(
     (folder / "000").mkdir()
     monkeypatch.chdir(folder)
     commands.add("mpiexec")
-    monkeypatch.setattr("saih.launchers._beside_python", lambda program: program)
+    monkeypatch.setattr("saih.launchers._mpiexec", lambda of_open_mpi: "mpiexec")
     nodes = tmp_path / "nodes"
     nodes.write_text("n7\nn7\nn9\nn9\n")
     site = cpu_site(scheduler="pbs", launcher=launcher, nodes=2, environment={"MINE": "$(touch oops)\n'\"; touch oops"})

@@ -13,7 +13,7 @@ from saih.errors import SaihError
 from saih.schedulers import Cause, State, call, expand, first_line, job_id, job_name, number_of
 
 TEMPLATE = "flux.sh.j2"
-SUBMIT = ("account", "partition", "constraint", "exclusive", "extra")
+SUBMIT = ("account", "partition", "constraint", "dependency", "exclusive", "extra")
 AGENTS = "flux"
 MAX_QUEUED = 20
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0

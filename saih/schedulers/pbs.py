@@ -15,7 +15,7 @@ from saih.errors import SaihError
 from saih.schedulers import Cause, State, call, first_line, job_id, job_name, number_of
 
 TEMPLATE = "pbs.sh.j2"
-SUBMIT = ("account", "partition", "constraint", "gres", "exclusive", "extra")
+SUBMIT = ("account", "partition", "constraint", "gres", "dependency", "exclusive", "extra")
 AGENTS = "mpiexec"
 MAX_QUEUED = 20
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0

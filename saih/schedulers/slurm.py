@@ -9,7 +9,7 @@ from saih.errors import SaihError
 from saih.schedulers import Cause, State, call, expand, first_line, job_id, job_name, number_of
 
 TEMPLATE = "slurm.sh.j2"
-SUBMIT = ("account", "partition", "qos", "constraint", "reservation", "gres", "exclusive", "extra")
+SUBMIT = ("account", "partition", "qos", "constraint", "reservation", "gres", "dependency", "exclusive", "extra")
 AGENTS = "srun"
 MAX_QUEUED = 20
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
