@@ -227,11 +227,10 @@ def _asked(options: argparse.Namespace) -> tuple[Site, list[Sweep]]:
 
     name, where = options.workload or language.DEFAULT_WORKLOAD, ""
     axes, settings = language.parse_axes(options.axis), language.parse_settings(options.set)
-    study, grids = None, [language.Part(axes=axes)]
+    study, grids = None, [language.Part(workload=name, axes=axes)]
     if name.endswith((".yaml", ".yml")):
         where = name
         study = language.read_study(Path(name))
-        name = study.workload
         grids = language.grids(study, options.part, where)
         if axes and len(grids) > 1:
             raise SaihError(f"{where} has {len(grids)} parts; say whose axes --axis replaces: --part NAME")
@@ -246,7 +245,7 @@ def _asked(options: argparse.Namespace) -> tuple[Site, list[Sweep]]:
     source, budget = next(((key, text) for key, text in budgets.items() if text is not None), ("", None))
     return site, [
         language.make_sweep(
-            name,
+            grid.workload,
             axes or grid.axes,
             grid.set | settings,
             where,

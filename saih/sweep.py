@@ -30,6 +30,7 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
+    workload: str = ""
     axes: dict[str, list[Scalar] | None] = Field(
         default_factory=dict,
         description="write axes: {data: [32, 64], model: }, a list of rungs for an axis, or nothing for all its rungs",
@@ -43,7 +44,6 @@ class Part(BaseModel):
 class StudyFile(Part):
     """The keys of a study: the same words as on the command line. What stands beside `parts` holds for all of them."""
 
-    workload: str = DEFAULT_WORKLOAD
     parts: dict[str, Part] = Field(
         default_factory=dict, description="write parts: {NAME: {axes: ..., set: ...}}, a grid each"
     )
@@ -65,8 +65,11 @@ def grids(study: StudyFile, part: str | None, where: str) -> list[Part]:
     """The grids of a study: itself, or its parts, or the one part that is named; SaihError names the valid ones."""
     if part is not None and part not in study.parts:
         raise unknown("part", part, study.parts, where)
-    chosen = study.parts.values() if part is None else [study.parts[part]]
-    return [Part(axes=each.axes, set=study.set | each.set) for each in chosen] or [study]
+    chosen = list(study.parts.values()) if part is None else [study.parts[part]]
+    whole = study.workload or DEFAULT_WORKLOAD
+    return [
+        Part(workload=each.workload or whole, axes=each.axes, set=study.set | each.set) for each in chosen or [study]
+    ]
 
 
 def parse_axes(words: Sequence[str]) -> dict[str, list[Scalar] | None]:

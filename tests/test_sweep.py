@@ -19,7 +19,6 @@ from saih.sweep import (
     parse_duration,
     parse_settings,
     points,
-    read_study,
     sweep_name,
 )
 
@@ -257,6 +256,13 @@ def test_parts_of_a_study_are_sweeps_of_their_own(workplace: Path) -> None:
     assert [axis.name for axis in asked("study.yaml", "--part=ranks", "--axis=data=16").axes] == ["data"]
 
 
+def test_a_part_can_be_of_another_workload(workplace: Path) -> None:
+    (workplace / "study.yaml").write_text(
+        "parts:\n  a: {axes: {data: [16]}}\n  b: {workload: ceilings, axes: {kernel: }}\n"
+    )
+    assert [one.workload for one in all_asked("study.yaml")] == ["cosmoflow", "ceilings"]
+
+
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
@@ -279,11 +285,10 @@ def test_only_studies_have_parts(workplace: Path) -> None:
 
 def test_a_study_needs_only_axes(workplace: Path) -> None:
     (workplace / "study.yml").write_text("axes: {data: }\n")
-    assert read_study(Path("study.yml")).workload == "cosmoflow"
     assert asked("study.yml") == asked("--axis=data")
 
 
-KEYS = "valid.*: axes, set, workload, parts, repeat, seed, site, time_budget"
+KEYS = "valid.*: workload, axes, set, parts, repeat, seed, site, time_budget"
 AXES = "axes: {data: [32]}\n"
 
 
