@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from workloads.llm.request import Request, Sampling
-from workloads.llm.sampling import sample
+from workloads.llm.sampling import choose, draw
+
+
+def sample(logits_BV: torch.Tensor, requests: list[Request]) -> list[int]:
+    return choose(logits_BV, torch.tensor([draw(request) for request in requests])).tolist()
 
 
 def requests_with(sampling: Sampling, count: int) -> list[Request]:
@@ -69,3 +73,11 @@ def test_seed_request_and_position_each_matter() -> None:
         for done in (0, 1)
     }
     assert len(seen) == 8
+
+
+def test_numbers_next_to_one_stay_inside_the_set() -> None:
+    """In float32 a number below 1 may round to 1, behind the last token."""
+    chance_1V = torch.tensor([[0.5, 0.3, 0.2]])
+    assert choose(chance_1V.log(), torch.tensor([[1.0, 0.7, 1.0]])).tolist() == [1]
+    assert choose(chance_1V.log(), torch.tensor([[1.0, 1.0, 1.0]])).tolist() == [2]
+    assert choose(chance_1V.log(), torch.tensor([[1.0, 0.7, 0.0]])).tolist() == [0]

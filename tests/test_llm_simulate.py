@@ -1,4 +1,4 @@
-"""Simulated time: pipelines counted by hand, the same every time, no gain from grouping without a term in the longest."""
+"""Simulated time: pipelines counted by hand, always the same, no gain from grouping without a term in the longest."""
 
 import math
 
