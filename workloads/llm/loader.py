@@ -96,13 +96,13 @@ def load(stage: Stage, folder: Path | str) -> int:
         tensors = _open(Path(folder), files)
         for piece in stage.pieces():
             key = _find(source_name(stage.spec, piece.name), tensors, folder)
-            shape, index = _place_there(stage.spec, piece)
+            shape, index, transposed = _place_there(stage.spec, piece)
             whole = tensors[key].get_slice(key)
             if tuple(whole.get_shape()) != shape:
                 raise SaihError(f"{folder}: {key} is {tuple(whole.get_shape())}, the spec says {shape}")
             mine: Tensor = whole[index]
             read += mine.nbytes
-            piece.target.copy_(mine if shape == piece.shape and index == piece.index else mine.T)
+            piece.target.copy_(mine.T if transposed else mine)
     return read
 
 
@@ -116,16 +116,19 @@ def source_name(spec: ModelSpec, name: str) -> str:
     return theirs.replace("#", number[1]) if number else theirs
 
 
-def _place_there(spec: ModelSpec, piece: Piece) -> tuple[tuple[int, ...], tuple[slice, ...]]:
-    """Whole shape and slice in the checkpoint. GPT-2 keeps matrices transposed, and q, k, v side by side in one."""
+def _place_there(spec: ModelSpec, piece: Piece) -> tuple[tuple[int, ...], tuple[slice, ...], bool]:
+    """Whole shape, slice and whether it is transposed in the checkpoint.
+
+    GPT-2 keeps the matrices of its layers transposed, and q, k, v side by side in one.
+    """
     shape, index = piece.shape, piece.index
     if spec.family != "gpt2" or not piece.name.startswith("layers."):
-        return shape, index
+        return shape, index, False
     if ".qkv." in piece.name:
         before = "qkv".index(piece.name.split(".")[-2]) * spec.hidden
         index = (slice(index[0].start + before, index[0].stop + before), *index[1:])
         shape = (3 * spec.hidden, *shape[1:])
-    return shape[::-1], index[::-1]
+    return shape[::-1], index[::-1], len(shape) == 2
 
 
 def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
