@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from saih.errors import SaihError, unknown
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The shape and the choices of one transformer. Activations, norms and positions are those of `family`'s HF model."""
+    """The shape and the choices of one transformer."""
 
     family: str
     """One of FAMILIES: decides the names in a checkpoint."""
@@ -50,6 +51,11 @@ class ModelSpec:
             raise SaihError(f"{self.heads} heads cannot share {self.kv_heads} KV heads evenly")
 
     @property
+    def masked_lm(self) -> bool:
+        """BERT: two segments, and a head with a dense layer, a norm and a bias."""
+        return self.family == "bert"
+
+    @property
     def gated(self) -> bool:
         return self.activation == "swiglu"
 
@@ -68,7 +74,7 @@ def split_layers(layers: int, stages: int) -> tuple[range, ...]:
         raise SaihError(f"{layers} layers cannot be split over {stages} pipeline stages; at most one stage a layer")
     small, more = divmod(layers, stages)
     starts = [stage * small + min(stage, more) for stage in range(stages + 1)]
-    return tuple(range(a, b) for a, b in zip(starts, starts[1:], strict=False))
+    return tuple(range(a, b) for a, b in itertools.pairwise(starts))
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------------
@@ -83,7 +89,10 @@ def from_hf(source: Path | str | Mapping[str, Any]) -> ModelSpec:
     family = config.get("model_type", "")
     if family not in FAMILIES:
         raise unknown("model type", family, FAMILIES, "config.json")
-    return FAMILIES[family](config)
+    try:
+        return FAMILIES[family](config)
+    except KeyError as error:
+        raise SaihError(f"config.json of a {family} model lacks {error}") from None
 
 
 def _read(folder: Path) -> dict[str, Any]:

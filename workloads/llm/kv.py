@@ -46,14 +46,9 @@ class PagedKV:
         self.arena = torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
         self._rows_RGd = self.arena.view(-1, kv_heads, head_dim)
         pair = 2 * block_size
-        self._rows_per_block, self._rows_per_layer = (
-            (pair, pair * blocks)
-            if layout == "layer_first"
-            else (
-                pair * layers,
-                pair,
-            )
-        )
+        layer_first = layout == "layer_first"
+        self._rows_per_block = pair if layer_first else pair * layers
+        self._rows_per_layer = pair * blocks if layer_first else pair
 
     @property
     def block_bytes(self) -> int:
