@@ -156,8 +156,8 @@ class FirstComeFirstServed:
 
     A request is let in once its whole context has blocks. When a running one needs a block and none is free, the newest
     gives up all of its own and is recomputed later. So those running are always the oldest, and the oldest always
-    gets on: it fits by itself, or it would have been refused. Nobody comes back in the step that preempts it: the blocks
-    it left are fewer than it needs.
+    gets on: it fits by itself, or it would have been refused. Nobody comes back in the step that preempted it: the
+    blocks it left are fewer than it needs.
 
     Attributes:
         max_tokens: most tokens in one batch; a longer prompt runs in chunks.
