@@ -159,6 +159,26 @@ def test_drawn_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, Path]) -
     assert outcomes[0] == outcomes[1]
 
 
+class NewestFirst(FirstComeFirstServed):
+    """The same batches with their requests turned round, so that one without a token stands before those with one."""
+
+    def next_batch(self, state: ServerState) -> BatchPlan | None:
+        plan = super().next_batch(state)
+        return plan and BatchPlan(plan.requests[::-1], plan.tokens[::-1])
+
+
+def test_the_order_within_a_batch_changes_nothing(checkpoints: dict[str, Path]) -> None:
+    worker = worker_of(checkpoints["gpt2"])
+    outcomes = []
+    for scheduler in (FirstComeFirstServed(9, 64), NewestFirst(9, 64)):
+        requests = [*fresh_requests(), *fresh_requests(DRAWN)]
+        for number, request in enumerate(requests):
+            request.id = number
+        serve_all(worker, requests, scheduler)
+        outcomes.append([request.generated for request in requests])
+    assert outcomes[0] == outcomes[1]
+
+
 def test_requests_that_cannot_be_served_end_refused_and_others_go_on(
     checkpoints: dict[str, Path], expected: dict[str, list[list[int]]]
 ) -> None:
