@@ -50,10 +50,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 # What tests want from Debian: taken where it can be (as root), else the tests that need it skip, and fail under CI=true.
-DEBIAN := chromium hdf5-tools slurmctld slurmd slurm-client munge openmpi-bin
+DEBIAN := chromium hdf5-tools slurmctld slurmd slurm-client munge openmpi-bin g++
 system-packages:
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
-		! { command -v chromium && command -v h5dump && command -v slurmctld && command -v munged && command -v ompi_info; } >/dev/null; then \
+		! { command -v chromium && command -v h5dump && command -v slurmctld && command -v munged && \
+		command -v ompi_info && command -v g++; } >/dev/null; then \
 		echo "installing for the tests: $(DEBIAN)"; \
 		apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; \
