@@ -182,10 +182,11 @@ def test_the_order_within_a_batch_changes_nothing(checkpoints: dict[str, Path]) 
 def test_requests_that_cannot_be_served_end_refused_and_others_go_on(
     checkpoints: dict[str, Path], expected: dict[str, list[list[int]]]
 ) -> None:
-    requests = [*fresh_requests(), Request(98, [1] * 60, 6), Request(99, [1] * 30, 30)]
-    serve_all(worker_of(checkpoints["gpt2"], blocks=12), requests, FirstComeFirstServed(64, 8))
+    requests = [*fresh_requests(), Request(98, [1] * 60, 6), Request(99, [1] * 60, 30)]
+    serve_all(worker_of(checkpoints["gpt2"], blocks=20), requests, FirstComeFirstServed(64, 8))
     assert [request.phase for request in requests[-2:]] == [Phase.REFUSED] * 2
-    assert "exceed the KV cache, which holds 48 tokens" in requests[-1].refusal
+    assert "exceed the model's 64 positions" in requests[-2].refusal
+    assert "exceed the KV cache, which holds 80 tokens" in requests[-1].refusal
     assert [request.generated for request in requests[:-2]] == expected["gpt2"]
     with pytest.raises(SaihError, match=f"request 0: its prompt has tokens outside the vocabulary of {VOCAB}"):
         serve_all(worker_of(checkpoints["gpt2"]), [Request(0, [VOCAB], 1)], FirstComeFirstServed(64, 8))
