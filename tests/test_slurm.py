@@ -114,9 +114,7 @@ def test_horovod_runs_over_nodes(login: LoginNode) -> None:
     assert (store.load(login.results())["check_gradient_error"] < 1e-4).all()
 
 
-def test_a_sweep_is_a_handful_of_polite_calls(
-    login: LoginNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_is_a_handful_of_polite_calls(login: LoginNode, tmp_path: Path, tell: Callable[[str], None]) -> None:
     calls = spy_on_slurm(login, tmp_path)
     sizes = ",".join(str(n) for n in range(200))
     began = time.monotonic()
@@ -128,8 +126,7 @@ def test_a_sweep_is_a_handful_of_polite_calls(
     events = next(login.folder.glob("jobs/*/jobs/000/events.jsonl"))
     told = [float(line.split('"time": ')[1].rstrip("}")) for line in events.read_text().splitlines()]
     ratio = took_s / (told[-1] - told[0])
-    with capsys.disabled():
-        print(f"\n200 points: {len(made)} calls of Slurm, {ratio:.1f}x the time of the points alone")
+    tell(f"200 points: {len(made)} calls of Slurm, {ratio:.1f}x the time of the points alone")
 
 
 def spy_on_slurm(login: LoginNode, folder: Path) -> Path:
@@ -177,7 +174,7 @@ def quiet_cluster(slurm_cluster: Cluster, tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.mark.timeout(600)
 def test_whatever_happens_every_point_is_measured_once_or_explained(
-    login: LoginNode, quiet_cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    login: LoginNode, quiet_cluster: Cluster, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     """One slurmd killed, one job requeued, one cancelled, slurmctld restarted, saih killed; one job out of time.
 
@@ -237,8 +234,9 @@ def test_whatever_happens_every_point_is_measured_once_or_explained(
     ends = [read_json(path)["cause"] for path in sorted(undisturbed.folder.glob("jobs/*/jobs/*/ended.json"))]
     assert ends == ["timeout", ""]
     faults.append("time limit exceeded")
-    with capsys.disabled():
-        print(f"\nsurvived {len(faults)} faults: {', '.join(faults)}; {dict(points['kind'].value_counts())}")
+    kinds = points["kind"].replace("", "measured").value_counts().to_dict()
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    tell(f"survived {len(faults)} faults ({', '.join(faults)}): {counts}")
 
 
 def measured(login: LoginNode, axis: str) -> dict[str, int]:
