@@ -59,6 +59,7 @@ MinJobAge=86400
 SlurmdParameters=config_overrides
 MailProg=/bin/true
 GresTypes=gpu
+FirstJobId={first_job}
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} RealMemory=4000 \
 Gres=gpu:sim:{gpus} State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=60 State=UP
@@ -142,6 +143,7 @@ class Cluster:
             user=pwd.getpwuid(os.getuid()).pw_name,
             folder=self.folder,
             port=port,
+            first_job=port + 1000,  # jobs take their number as a port: not those of another cluster's, nor of daemons
             nodes=self.nodes,
             first=port + 1,
             last=port + self.nodes,
@@ -215,8 +217,8 @@ def _find(program: str) -> str:
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports nobody listens on."""
-    for first in range(20000 + os.getpid() % 10000, 60000, count):
+    """The first of `count` neighbouring ports nobody listens on; two processes seldom look at the same ones."""
+    for first in range(20000 + os.getpid() * 37 % 30000, 60000, count):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for port in range(first, first + count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
