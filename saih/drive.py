@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from saih import schedulers
 from saih.core import FORMAT, Job, Point
+from saih.errors import SaihError
 from saih.files import blamed_on, read_record, write_json
 from saih.jobs import ENDED_KEYS, PACK_KEYS, SUBMITTED_KEYS, SweepFolder, log_tail, version_of, write_job
-from saih.plan import Plan, pack
+from saih.plan import Forecast, Plan, pack
 from saih.schedulers import Scheduler, State
 
 TICK_S = 0.1
 """How often event files are looked at; the scheduler is asked far less often."""
 PAUSE_GROWTH = 1.5
 RETRIED = ("preempted", "node-fail", "boot-fail", "timeout")
-"""Ends that are no fault of the point: the rest of the job is tried again, up to MOST_TRIES times."""
+"""Ends that may be no fault of the points: the job's rest is tried again."""
 MOST_TRIES = 3
+"""How often a point may be the one that ran when its job met such an end."""
 OUT_OF_MEMORY_WORDS = re.compile(r"oom[-_ ]?kill|OOM Killed|exceeded memory limit|out of memory", re.IGNORECASE)
 
 
@@ -48,8 +50,7 @@ class LiveJob:
 
     @classmethod
     def of(cls, home: Path) -> LiveJob:
-        points = tuple(_points_of(home))
-        return cls(home, points, read_events(home / "events.jsonl"))
+        return cls(home, tuple(_points_of(home)), read_events(home / "events.jsonl"))
 
 
 def run(folder: SweepFolder, plan: Plan, watch: Callable[[Progress], None] = lambda _: None) -> Progress:
@@ -105,12 +106,30 @@ class Drive:
                 self.live[name] = LiveJob.of(ids[name])
 
     def _submit_missing(self) -> None:
+        """Jobs for what nobody has taken, as many as may be queued. A refusal waits while other jobs run."""
         taken = {point.id for job in self.live.values() for point in job.points}
         done = self.progress.measured | self.progress.failed | taken
         todo = [item for item in self.plan.kept if item.point.id not in done]
-        jobs = pack(todo, self.plan.site, self.folder.jobs, first=self.folder.next_number())
-        for job in jobs[: max(0, self.most_queued - len(self.live))]:
-            self._submit(self._learn(job))
+        for job in self._packed(todo)[: max(0, self.most_queued - len(self.live))]:
+            try:
+                self._submit(self._learn(job))
+            except SaihError:
+                if not self.live:
+                    raise
+                return
+
+    def _packed(self, todo: Sequence[Forecast]) -> list[Job]:
+        """Packs of points; one that was running when a job ran out of time is alone, lest it hold up others again."""
+        slow = {item.point.id for item in todo if self._times_blamed(item.point, "timeout")}
+        groups = [[item for item in todo if item.point.id not in slow]]
+        groups += [[item] for item in todo if item.point.id in slow]
+        jobs: list[Job] = []
+        for group in groups:
+            jobs += pack(group, self.plan.site, self.folder.jobs, first=self.folder.next_number() + len(jobs))
+        return jobs
+
+    def _times_blamed(self, point: Point, cause: str) -> int:
+        return sum(end["cause"] == cause and _was_running(home, point) for home, end in _ends(self.folder).items())
 
     def _learn(self, job: Job) -> Job:
         """What earlier ends of these points teach: more time after a timeout, other nodes after a node failed."""
@@ -122,10 +141,17 @@ class Drive:
         return replace(job, time_limit_s=limit_s, excluded_nodes=excluded)
 
     def _submit(self, job: Job) -> None:
-        script = write_job(job, self.folder, self.plan.site, self.version)
-        name = self.scheduler.submit(script)
-        home = Path(job.folder)
-        write_json(home / "submitted.json", {"format": FORMAT, "id": name, "time": time.time()}, durable=False)
+        script, home = write_job(job, self.folder, self.plan.site, self.version), Path(job.folder)
+        try:
+            name = self.scheduler.submit(script)
+        except SaihError as refusal:
+            found = self.scheduler.find(home)  # an answer can be lost on its way back
+            if found is None:
+                _write_end(home, "refused", str(refusal))
+                raise
+            name = found
+        submitted = {"format": FORMAT, "id": name, "time": time.time(), "time_limit_s": job.time_limit_s}
+        write_json(home / "submitted.json", submitted, durable=False)
         self.live[name] = LiveJob.of(home)
 
     def _follow(self, watch: Callable[[Progress], None]) -> None:
@@ -180,32 +206,30 @@ class Drive:
         progress.running = None
         open_ids = progress.waiting.keys() - progress.measured - progress.failed
         left = [point for point in job.points if point.id in open_ids]
-        started = {
-            event["point"] for event in next(read_events(job.home / "events.jsonl")) if event["event"] == "started"
-        }
         for point in left:
-            verdict = self._verdict(job, state, point, started)
+            verdict = self._verdict(job, state, point)
             if verdict is not None:
                 self._record(job.home, point, *verdict)
                 progress.failed.add(point.id)
 
-    def _verdict(self, job: LiveJob, state: State, point: Point, started: set[str]) -> tuple[str, str] | None:
+    def _verdict(self, job: LiveJob, state: State, point: Point) -> tuple[str, str] | None:
         """(kind, reason) of a point that this end of its job makes a failure; None where it is tried again."""
         words = f"job ended as {state.detail}" if state.detail else "job ended"
         if state.nodes:
             words += f" on {','.join(state.nodes)}"
-        if state.cause in RETRIED:
-            tries = sum(
-                end["cause"] == state.cause and _has_point(home, point) for home, end in _ends(self.folder).items()
-            )
-            return (state.cause, f"{words}, {tries} times") if tries >= MOST_TRIES else None
         if state.cause == "cancelled":
             return "cancelled", f"{words}; the same command runs it again"
-        if point.id in started:
+        if not _was_running(job.home, point):
+            return None
+        if state.cause in RETRIED:
+            tries = self._times_blamed(point, state.cause)
+            if state.cause == "timeout" and _time_limit_s(job.home) >= self.plan.site.job_minutes * 60:
+                return "timeout", f"{words}, the site's longest job"
+            return (state.cause, f"{words}, {tries} times") if tries >= MOST_TRIES else None
+        if _started(job.home):
             return _death(job.home, state, words)
-        if not started:  # the worker never came up, and would not come up for the next point either
-            return "not-started", f"{words} before any point started"
-        return None
+        # the worker never came up, and would not come up for the next point either
+        return "not-started", f"{words} before any point started"
 
     def _record(self, home: Path, point: Point, kind: str, reason: str) -> None:
         tail = log_tail(home)
@@ -245,19 +269,29 @@ def _job_ids(folder: SweepFolder, scheduler: Scheduler) -> dict[Path, str]:
     ids = {}
     for home in folder.job_folders():
         submitted = home / "submitted.json"
-        ids[home] = (
-            str(read_record(submitted, FORMAT, SUBMITTED_KEYS)["id"])
-            if submitted.exists()
-            else scheduler.find(home) or ""
-        )
+        if submitted.exists():
+            ids[home] = str(read_record(submitted, FORMAT, SUBMITTED_KEYS)["id"])
+        else:
+            ids[home] = "" if (home / "ended.json").exists() else scheduler.find(home) or ""
     return ids
 
 
+def _time_limit_s(home: Path) -> float:
+    """What the job was granted; 0 where nobody wrote it down."""
+    submitted = home / "submitted.json"
+    told = read_record(submitted, FORMAT, SUBMITTED_KEYS) if submitted.exists() else {}
+    return float(told.get("time_limit_s", 0.0))
+
+
 def _note_end(home: Path, state: State) -> None:
-    """ended.json: how a job ended, written once."""
+    """How a job ended, written once."""
     if not (home / "ended.json").exists():
-        end = {"format": FORMAT, "cause": state.cause, "detail": state.detail, "nodes": list(state.nodes)}
-        write_json(home / "ended.json", end, durable=False)
+        _write_end(home, state.cause, state.detail, state.nodes)
+
+
+def _write_end(home: Path, cause: str, detail: str, nodes: Sequence[str] = ()) -> None:
+    end = {"format": FORMAT, "cause": cause, "detail": detail, "nodes": list(nodes)}
+    write_json(home / "ended.json", end, durable=False)
 
 
 def _ends(folder: SweepFolder) -> dict[Path, dict[str, Any]]:
@@ -279,8 +313,15 @@ def _shares_points(home: Path, job: Job) -> bool:
     return any(each.id in ids for each in _points_of(home))
 
 
-def _has_point(home: Path, point: Point) -> bool:
-    return any(each.id == point.id for each in _points_of(home))
+def _started(home: Path) -> set[str]:
+    """Ids of the points that a job began with."""
+    return {event["point"] for event in next(read_events(home / "events.jsonl")) if event["event"] == "started"}
+
+
+def _was_running(home: Path, point: Point) -> bool:
+    """Whether a point that a job left open was the one it ran in the end; all were, where none had begun."""
+    started = _started(home)
+    return point.id in started if started else any(each.id == point.id for each in _points_of(home))
 
 
 def read_events(path: Path) -> Iterator[list[dict[str, Any]]]:

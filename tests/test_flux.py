@@ -15,7 +15,7 @@ import pytest
 from saih import jobs, launchers, store
 from saih.core import Place
 from saih.errors import SaihError
-from saih.schedulers import State, flux
+from saih.schedulers import State, flux, job_name
 from tests.commands import Commands
 from tests.sites import cpu_site
 from tests.test_pbs import a_job
@@ -104,9 +104,10 @@ def test_submit_passes_on_who_one_is_and_nothing_else(
     commands.add("flux", "ƒ27kHdpT\n", when="batch")
     commands.add("flux", "42496688128\n")
     script = tmp_path / "it's $HOME\n" / "saih-x" / "jobs" / "007" / "job.sh"
-    assert flux.submit(script) == "42496688128 saih-saih-x-007"
+    name = job_name(script.parent)
+    assert flux.submit(script) == f"42496688128 {name}"
     batch, to_number = commands.calls()
-    assert batch[:3] == ["flux", "batch", "--job-name=saih-saih-x-007"]
+    assert batch[:3] == ["flux", "batch", f"--job-name={name}"]
     assert batch[-1] == str(script)
     assert [word for word in batch if word.startswith("--env")] == [
         "--env-remove=*",
@@ -137,12 +138,19 @@ def test_a_missing_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_lost_job_is_found_by_its_name(commands: Commands) -> None:
-    commands.add("flux", (RECORDED / "named.json").read_text(), when="--name=saih-x-held")
-    commands.add("flux", (RECORDED / "nobody.json").read_text())
     home = Path("jobs/x/jobs")
-    assert flux.find(home / "held") == IDS["held"]
+    name = job_name(home / "held")
+    commands.add("flux", (RECORDED / "named.json").read_text(), when=f"--name={name}")
+    commands.add("flux", (RECORDED / "nobody.json").read_text())
+    assert flux.find(home / "held") == f"{IDS['held'].split()[0]} {name}"
     assert flux.find(home / "000") is None
     assert "-a" in commands.calls()[0]
+
+
+def test_no_answer_is_not_the_answer_that_there_is_no_such_job(commands: Commands) -> None:
+    commands.add("flux", "", "flux-jobs: ERROR: Unable to connect to Flux\n", 1)
+    with pytest.raises(SaihError, match="flux does not answer"):
+        flux.find(Path("jobs/x/jobs/000"))
 
 
 def test_cancel_is_one_call(commands: Commands) -> None:

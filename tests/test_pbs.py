@@ -11,7 +11,7 @@ import pytest
 from saih import jobs
 from saih.core import COMMON, Job, Point
 from saih.errors import SaihError
-from saih.schedulers import State, pbs
+from saih.schedulers import State, job_name, pbs
 from tests.commands import Commands
 from tests.sites import cpu_site
 
@@ -132,8 +132,9 @@ def test_without_history_an_end_is_what_qstat_says_of_it(commands: Commands) -> 
 def test_submit(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands.add("qsub", "61.pbs0\n")
     script = tmp_path / "it's $HOME\n" / "saih-x" / "jobs" / "007" / "job.sh"
-    assert pbs.submit(script) == "61.pbs0 saih-saih-x-007"
-    assert commands.calls() == [["qsub", "-C", "#PBS", "-N", "saih-saih-x-007", str(script)]]
+    name = job_name(script.parent)
+    assert pbs.submit(script) == f"61.pbs0 {name}"
+    assert commands.calls() == [["qsub", "-C", "#PBS", "-N", name, str(script)]]
     assert commands.environment()["PWD"] == "/"  # noqa: S105 (a folder)
 
 
@@ -152,12 +153,19 @@ def test_a_missing_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_lost_job_is_found_by_its_name(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "me")
-    commands.add("qselect", "9.pbs0\n" + (RECORDED / "qselect.txt").read_text(), when="saih-x-held")
-    commands.add("qselect", "")
     home = Path("jobs/x/jobs")
-    assert pbs.find(home / "held") == "52.pbs0 saih-x-held"
+    name = job_name(home / "held")
+    commands.add("qselect", "9.pbs0\n" + (RECORDED / "qselect.txt").read_text(), when=name)
+    commands.add("qselect", "")
+    assert pbs.find(home / "held") == f"52.pbs0 {name}"
     assert pbs.find(home / "000") is None
-    assert commands.calls()[0] == ["qselect", "-x", "-u", "me", "-N", "saih-x-held"]
+    assert commands.calls()[0] == ["qselect", "-x", "-u", "me", "-N", name]
+
+
+def test_no_answer_is_not_the_answer_that_there_is_no_such_job(commands: Commands) -> None:
+    commands.add("qselect", "", (RECORDED / "unreachable.stderr").read_text(), 1)
+    with pytest.raises(SaihError, match="qselect does not answer"):
+        pbs.find(Path("jobs/x/jobs/000"))
 
 
 def test_cancel_is_one_call(commands: Commands) -> None:

@@ -13,9 +13,11 @@ import pytest
 import yaml
 
 from saih import store
+from saih.errors import SaihError
 from saih.files import read_json
 from saih.schedulers import State, expand, slurm
 from tests.cluster.slurm import Cluster, cluster
+from tests.commands import Commands
 
 TOYS = Path(__file__).parent / "toys"
 OPEN_MPI_AS_ROOT = '  OMPI_ALLOW_RUN_AS_ROOT: "1"\n  OMPI_ALLOW_RUN_AS_ROOT_CONFIRM: "1"\n'
@@ -70,6 +72,27 @@ def test_a_job_nobody_knows_has_ended_and_one_of_another_name_is_not_ours(
     assert states[f"{number} theirs"].phase != "ended"
     slurm.cancel([f"{number} theirs"])
     wait_until(lambda: slurm.states([f"{number} theirs"])[f"{number} theirs"].cause == "cancelled", "the end")
+
+
+def test_a_job_is_found_by_a_name_no_other_folder_has(login: LoginNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", login.cluster.environment["SLURM_CONF"])
+    homes = [login.folder / checkout / "jobs" / "s" / "jobs" / "000" for checkout in ("one", "two")]
+    for home in homes:
+        home.mkdir(parents=True)
+        (home / "job.sh").write_text("#!/bin/bash\nsleep 60\n")
+    name = slurm.submit(homes[0] / "job.sh")
+    assert slurm.find(homes[0]) == name
+    assert slurm.find(homes[1]) is None
+    slurm.cancel([name])
+
+
+def test_no_answer_is_not_the_answer_that_there_is_no_such_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = Commands(tmp_path / "bin")
+    commands.add("squeue", "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", 1)
+    monkeypatch.setenv("PATH", f"{commands.folder}:/usr/bin:/bin")
+    with pytest.raises(SaihError, match="squeue does not answer"):
+        slurm.find(tmp_path / "s" / "jobs" / "000")
+    assert slurm.states(["7 saih-x"]) == {"7 saih-x": State("queued", detail="the controller does not answer")}
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "mpiexec", "openmpi"])
@@ -176,7 +199,7 @@ def quiet_cluster(slurm_cluster: Cluster, tmp_path: Path) -> Iterator[Cluster]:
 def test_whatever_happens_every_point_is_measured_once_or_explained(
     login: LoginNode, quiet_cluster: Cluster, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
-    """One slurmd killed, one job requeued, one cancelled, slurmctld restarted, saih killed; one job out of time.
+    """One slurmd killed, one job requeued, one cancelled, slurmctld restarted twice, saih killed; one job out of time.
 
     The last on a cluster of its own: for some minutes after its restart a controller does not enforce time limits.
     """
@@ -209,6 +232,8 @@ def test_whatever_happens_every_point_is_measured_once_or_explained(
     faults.append("job requeued")
     cluster_.run("scancel", third)
     faults.append("job cancelled")
+    cluster_.restart_controller()
+    faults.append("slurmctld restarted under saih")
     driver.kill()
     driver.wait()
     faults.append("saih killed")
@@ -226,7 +251,11 @@ def test_whatever_happens_every_point_is_measured_once_or_explained(
     (results,) = login.folder.glob("results/faulty-amount-*.h5")
     points = store.load(results)
     assert len(points) == points["id"].nunique() == 48
-    assert set(points["status"]) <= {"measured", "failed"}
+    lost = points[points["status"] != "measured"]
+    packed = {value["id"] for value in read_json(home_of(login, third) / "pack.json")["points"]}
+    assert set(lost["id"]) <= packed, "only points of the job that somebody cancelled"
+    assert set(lost["kind"]) <= {"cancelled"}
+    assert lost["reason"].str.contains("job ended as CANCELLED").all()
 
     output, _ = timed_out.communicate(timeout=280)
     assert timed_out.returncode == 0, output
@@ -242,6 +271,12 @@ def test_whatever_happens_every_point_is_measured_once_or_explained(
 def measured(login: LoginNode, axis: str) -> dict[str, int]:
     paths = login.folder.glob(f"jobs/faulty-{axis}-*/points/*/measurement.json")
     return {path.parent.name: path.stat().st_mtime_ns for path in paths}
+
+
+def home_of(login: LoginNode, number: str) -> Path:
+    """The folder of a job by Slurm's number."""
+    ids = {path.parent: read_json(path)["id"] for path in login.folder.glob("jobs/*/jobs/*/submitted.json")}
+    return next(home for home, name in ids.items() if name.split()[0] == number)
 
 
 def jobs_of(login: LoginNode, axis: str, state: str) -> dict[str, str]:

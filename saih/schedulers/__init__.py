@@ -9,7 +9,8 @@ A scheduler module defines
 - `SHORTEST_PAUSE_S`, `LONGEST_PAUSE_S`: between two questions for states; the pause grows while nothing changes;
 - `CANCEL_ON_INTERRUPT`: whether Ctrl-C stops the jobs too, or leaves them to run;
 - `submit(script) -> str`: hand the script in; returns an id;
-- `find(home) -> str | None`: the id of a job folder's job where nobody wrote it down, if it was submitted;
+- `find(home) -> str | None`: the id of a job folder's job where nobody wrote it down, if it was submitted; SaihError
+  where that cannot be known now;
 - `states(ids) -> dict[str, State]`: the state of many ids in one call; an id nobody knows any more is "ended";
 - `cancel(ids)`: stop them.
 """
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Literal, Protocol, cast
 
 from saih.errors import SaihError, unknown
+from saih.files import digest
 
 Cause = Literal["", "preempted", "node-fail", "boot-fail", "timeout", "out-of-memory", "cancelled"]
 
@@ -64,8 +66,8 @@ class Scheduler(Protocol):
 
 
 def job_name(home: Path) -> str:
-    """What a job is called in the queue: "saih-<sweep>-<number>", from its folder jobs/<sweep>/jobs/<number>."""
-    return f"saih-{home.parent.parent.name}-{home.name}"
+    """What a job of folder jobs/<sweep>/jobs/<number> is called: "saih-<sweep>-<number>-<digest of the whole path>"."""
+    return f"saih-{home.parent.parent.name}-{home.name}-{digest(str(home.absolute()))[:8]}"
 
 
 def call(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -76,6 +78,14 @@ def call(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
     if shutil.which(words[0]) is None:
         raise SaihError(f"{words[0]} is not on this machine's PATH; run saih where the scheduler's commands are")
     return subprocess.run(words, cwd="/", capture_output=True, text=True, errors="replace", check=False)
+
+
+def ask(words: Sequence[str]) -> str:
+    """The output of a command that has to answer; SaihError where it does not."""
+    answer = call(words)
+    if answer.returncode != 0:
+        raise SaihError(f"{words[0]} does not answer ({first_line(answer.stderr)}); nothing is lost, try again later")
+    return answer.stdout
 
 
 def first_line(text: str) -> str:

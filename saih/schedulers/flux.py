@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saih.errors import SaihError
-from saih.schedulers import Cause, State, call, expand, first_line, job_id, job_name, number_of
+from saih.schedulers import Cause, State, ask, call, expand, first_line, job_id, job_name, number_of
 
 TEMPLATE = "flux.sh.j2"
 SUBMIT = ("account", "partition", "constraint", "dependency", "exclusive", "extra")
@@ -43,10 +43,9 @@ def submit(script: Path) -> str:
 
 
 def find(home: Path) -> str | None:
-    """By the job's name: it is in no other folder's queue."""
+    """By the job's name, which no other folder's job has."""
     name = job_name(home)
-    answer = call(["flux", "jobs", "-a", "--count=0", "--json", f"--name={name}"])
-    numbers = [job["id"] for job in _jobs(answer.stdout)]
+    numbers = [job["id"] for job in _jobs(ask(["flux", "jobs", "-a", "--count=0", "--json", f"--name={name}"]))]
     return job_id(str(max(numbers)), name) if numbers else None
 
 

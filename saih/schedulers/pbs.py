@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saih.errors import SaihError
-from saih.schedulers import Cause, State, call, first_line, job_id, job_name, number_of
+from saih.schedulers import Cause, State, ask, call, first_line, job_id, job_name, number_of
 
 TEMPLATE = "pbs.sh.j2"
 SUBMIT = ("account", "partition", "constraint", "gres", "dependency", "exclusive", "extra")
@@ -49,9 +49,9 @@ def submit(script: Path) -> str:
 
 
 def find(home: Path) -> str | None:
-    """By the job's name: it is in no other folder's queue."""
+    """By the job's name, which no other folder's job has; jobs that have ended too, where PBS keeps a record."""
     chosen = ["-u", getpass.getuser(), "-N", job_name(home)]
-    numbers = call(["qselect", "-x", *chosen]).stdout.split() or call(["qselect", *chosen]).stdout.split()
+    numbers = call(["qselect", "-x", *chosen]).stdout.split() or ask(["qselect", *chosen]).split()
     return job_id(max(numbers, key=_serial), job_name(home)) if numbers else None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saih.errors import SaihError
-from saih.schedulers import Cause, State, call, expand, first_line, job_id, job_name, number_of
+from saih.schedulers import Cause, State, ask, call, expand, first_line, job_id, job_name, number_of
 
 TEMPLATE = "slurm.sh.j2"
 SUBMIT = ("account", "partition", "qos", "constraint", "reservation", "gres", "dependency", "exclusive", "extra")
@@ -50,9 +50,9 @@ def submit(script: Path) -> str:
 
 
 def find(home: Path) -> str | None:
-    """By the job's name: it is in no other folder's queue."""
-    answer = call(["squeue", "--noheader", "--me", "--states=all", f"--name={job_name(home)}", "--format=%A"])
-    numbers = answer.stdout.split()
+    """By the job's name, which no other folder's job has."""
+    chosen = ["--me", "--states=all", f"--name={job_name(home)}"]
+    numbers = ask(["squeue", "--noheader", *chosen, "--format=%A"]).split()
     return job_id(max(numbers, key=int), job_name(home)) if numbers else None
 
 
