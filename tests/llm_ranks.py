@@ -1,0 +1,169 @@
+"""What the ranks of the transformer tests run. Started as processes of their own, so it imports no transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from workloads.llm.attention import AttnMeta
+from workloads.llm.config import from_hf, split_layers
+from workloads.llm.kv import PagedKV
+from workloads.llm.loader import load, source_name
+from workloads.llm.model import Stage
+from workloads.llm.shard import Mesh
+
+LENGTHS = (1, 11, 6, 16)
+STAGES = (1, 2, 4)
+BACKENDS = ("padded", "loop")
+LAYOUTS = {"padded": "block_first", "loop": "layer_first"}
+BLOCK = 4
+
+
+def ids_of(vocab: int, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(0, vocab, (length,), generator=generator) for length in lengths]
+
+
+class Pipeline:
+    """All stages of a model one after the other, in one process a tensor-parallel rank."""
+
+    def __init__(
+        self, folder: Path, backend: str, pp: int, tp: int = 1, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.spec = from_hf(folder)
+        rank = dist.get_rank(group) if tp > 1 else 0
+        meshes = [Mesh(tp, pp, rank, stage, group) for stage in range(pp)]
+        self.stages = [Stage(self.spec, mesh, attention=backend) for mesh in meshes]
+        for stage in self.stages:
+            load(stage, folder)
+
+    def __call__(
+        self, ids: Tensor, meta: AttnMeta, caches: list[PagedKV] | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        x = ids
+        for stage, kv in zip(self.stages, caches or [None] * len(self.stages), strict=True):
+            x = stage(x, meta, kv, rows if stage.last else None)
+        return x
+
+
+def errors_of(pipeline: Pipeline, backend: str, wanted: list[Tensor]) -> dict[str, float]:
+    """Largest deviation from the logits wanted: packed rows, padded rows, chosen rows, chunks through the cache."""
+    spec, ids = pipeline.spec, ids_of(pipeline.spec.vocab)
+    whole = torch.cat(wanted)
+    meta = AttnMeta.packed(LENGTHS, causal=spec.causal)
+    found = {"packed": _far(pipeline(torch.cat(ids), meta), whole)}
+    found["last"] = _far(
+        pipeline(torch.cat(ids), meta, rows=meta.last_rows), torch.stack([each[-1] for each in wanted])
+    )
+    found["padded"] = _far(_padded(pipeline, ids), whole)
+    if spec.causal:
+        found["cached"] = _far(_chunked(pipeline, ids, LAYOUTS[backend]), whole)
+    return found
+
+
+def _far(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return (a - b).abs().max().item()
+
+
+def _padded(pipeline: Pipeline, ids: list[Tensor]) -> Tensor:
+    filled = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=3).flatten()
+    meta = AttnMeta.padded(LENGTHS, causal=pipeline.spec.causal)
+    logits = pipeline(filled, meta).unflatten(0, (len(ids), -1))
+    last = pipeline(filled, meta, rows=meta.last_rows)
+    rows = [each[: len(one)] for each, one in zip(logits, ids, strict=True)]
+    torch.testing.assert_close(last, torch.stack([each[-1] for each in rows]), atol=1e-5, rtol=0)
+    return torch.cat(rows)
+
+
+def _chunked(pipeline: Pipeline, ids: list[Tensor], layout: str) -> Tensor:
+    """Every sequence in chunks of its own size, then token by token, all through one paged cache."""
+    blocks = [-(-length // BLOCK) for length in LENGTHS]
+    order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).tolist()
+    tables = [order[sum(blocks[:i]) : sum(blocks[: i + 1])] for i in range(len(blocks))]
+    caches = [stage.new_kv(sum(blocks), BLOCK, layout=layout) for stage in pipeline.stages]
+    found: list[list[Tensor]] = [[] for _ in ids]
+    for step in _steps():
+        now = [(b, a, z) for b, (a, z) in enumerate(step) if z > a]
+        meta = AttnMeta.packed(
+            [z - a for _, a, z in now],
+            starts=[a for _, a, _ in now],
+            block_tables=[tables[b] for b, _, _ in now],
+            block_size=BLOCK,
+        )
+        logits = pipeline(torch.cat([ids[b][a:z] for b, a, z in now]), meta, caches)
+        for (b, _, _), part in zip(now, logits.split([z - a for _, a, z in now]), strict=True):
+            found[b].append(part)
+    return torch.cat([torch.cat(each) for each in found])
+
+
+def _steps() -> Iterator[list[tuple[int, int]]]:
+    """[from, to) of every sequence in each step: a short prefill, a longer chunk, then one token at a time."""
+    edges = [0, 3, 9, *range(10, max(LENGTHS) + 1)]
+    for a, z in pairwise(edges):
+        yield [(min(a, length), min(z, length)) for length in LENGTHS]
+
+
+def gradients_of(pipeline: Pipeline) -> dict[str, Tensor]:
+    """Tensor of the whole model -> gradient of the mean next-token loss, where this rank holds it; zeros elsewhere."""
+    spec, ids = pipeline.spec, torch.cat(ids_of(pipeline.spec.vocab))
+    F.cross_entropy(pipeline(ids, AttnMeta.packed(LENGTHS, causal=spec.causal)), ids.flip(0)).backward()
+    found: dict[str, Tensor] = {}
+    for stage in pipeline.stages:
+        for piece in stage.pieces():
+            assert piece.parameter.grad is not None, piece.name
+            whole = found.setdefault(source_name(spec, piece.name), torch.zeros(piece.shape))
+            whole[piece.index] += piece.parameter.grad[piece.rows]
+    return found
+
+
+def tensor_parallel(rank: int, port: int, folders: dict[str, str], trained: list[str], out: str) -> None:
+    """tp=2: every family x stages x backend, and the gradients of some, written by each rank."""
+    _join(rank, 2, port)
+    found, gradients = {}, {}
+    for family, folder in folders.items():
+        wanted = torch.load(Path(folder) / "logits.pt", weights_only=True)
+        for pp in STAGES:
+            for backend in BACKENDS:
+                pipeline = Pipeline(Path(folder), backend, pp, 2, dist.group.WORLD)
+                with torch.inference_mode():
+                    found[f"{family} pp={pp} {backend}"] = errors_of(pipeline, backend, wanted)
+        if family in trained:
+            gradients[family] = gradients_of(Pipeline(Path(folder), "padded", 1, 2, dist.group.WORLD))
+    (Path(out) / f"errors{rank}.json").write_text(json.dumps(found))
+    torch.save(gradients, Path(out) / f"gradients{rank}.pt")
+    dist.destroy_process_group()
+
+
+def grid(rank: int, port: int, folder: str, out: str) -> None:
+    """tp=2 x pp=2 in four processes: each makes its stage from its mesh; hidden states go from stage to stage."""
+    _join(rank, 4, port)
+    mesh = Mesh.make(2, 2)
+    spec = from_hf(folder)
+    stage = Stage(spec, mesh)
+    load(stage, folder)
+    meta = AttnMeta.packed(LENGTHS, causal=spec.causal)
+    with torch.inference_mode():
+        if stage.first:
+            dist.send(stage(torch.cat(ids_of(spec.vocab)), meta), group=mesh.pp_group, group_dst=1)
+        else:
+            h_TD = torch.empty(sum(LENGTHS), spec.hidden)
+            dist.recv(h_TD, group=mesh.pp_group, group_src=0)
+            wanted = torch.load(Path(folder) / "logits.pt", weights_only=True)
+            place = [mesh.tp_rank, mesh.pp_rank, list(split_layers(spec.layers, 2)[1])]
+            (Path(out) / f"grid{rank}.json").write_text(json.dumps([_far(stage(h_TD, meta), torch.cat(wanted)), place]))
+    dist.destroy_process_group()
+
+
+def _join(rank: int, ranks: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)

@@ -1,0 +1,241 @@
+"""The engine's tokens are those of transformers' generate for every request, however requests are batched and cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from saih.errors import SaihError
+from workloads.llm import config, loader, metrics
+from workloads.llm.engine import Engine
+from workloads.llm.model import Stage
+from workloads.llm.request import Phase, Request, Sampling
+from workloads.llm.scheduler import BatchPlan, FirstComeFirstServed, ServerState
+from workloads.llm.serve import Iteration
+from workloads.llm.shard import Mesh
+from workloads.llm.worker import Worker
+
+FAMILIES = ("llama", "gpt2", "opt")
+VOCAB = 96
+LENGTHS = ((5, 9), (23, 6), (1, 12), (14, 1), (9, 10), (40, 8), (3, 7))
+"""Prompt and new tokens of each request."""
+
+
+def hf_config(family: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    common = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if family == "llama":
+        return transformers.LlamaConfig(
+            **common,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+        )
+    if family == "gpt2":
+        return transformers.GPT2Config(**common, n_embd=32, n_layer=4, n_head=4, n_positions=64, initializer_range=0.3)
+    return transformers.OPTConfig(
+        **common,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        init_std=0.3,
+    )
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(VOCAB, (prompt,), generator=generator).tolist() for prompt, _ in LENGTHS]
+
+
+def fresh_requests() -> list[Request]:
+    return [Request(n, prompt, new) for n, (prompt, (_, new)) in enumerate(zip(prompts(), LENGTHS, strict=True))]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with random weights for each family."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    transformers = pytest.importorskip("transformers")
+    for family in FAMILIES:
+        torch.manual_seed(1)
+        transformers.AutoModelForCausalLM.from_config(hf_config(family)).save_pretrained(folder / family)
+    return {family: folder / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints: dict[str, Path]) -> dict[str, list[list[int]]]:
+    """What generate says to each prompt by itself."""
+    transformers = pytest.importorskip("transformers")
+    found: dict[str, list[list[int]]] = {}
+    for family, folder in checkpoints.items():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        found[family] = []
+        for prompt, (_, new) in zip(prompts(), LENGTHS, strict=True):
+            ids = torch.tensor([prompt])
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+            found[family].append(out[0, len(prompt) :].tolist())
+        assert len({token for tokens in found[family] for token in tokens}) > 10, "tokens vary, so errors would show"
+    return found
+
+
+def worker_of(folder: Path, mesh: Mesh | None = None, blocks: int = 100, block_size: int = 4, host: int = 0) -> Worker:
+    stage = Stage(config.from_hf(folder), mesh)
+    loader.load(stage, folder)
+    return Worker(stage, stage.new_kv(blocks, block_size), stage.new_kv(host, block_size) if host else None)
+
+
+def serve_all(worker: Worker, requests: Sequence[Request], scheduler: Any) -> list[Iteration]:
+    with Engine(worker, scheduler) as engine:
+        iterations = list(engine.serve(requests))
+        assert engine.state.blocks.free_blocks == worker.kv.blocks
+    return iterations
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("tokens", "batch", "blocks"),
+    [(512, 64, 100), (512, 1, 100), (7, 3, 100), (16, 64, 14)],
+    ids=["together", "one-by-one", "chunks", "chunks-and-preemption"],
+)
+def test_tokens_are_those_of_generate(
+    family: str,
+    tokens: int,
+    batch: int,
+    blocks: int,
+    checkpoints: dict[str, Path],
+    expected: dict[str, list[list[int]]],
+) -> None:
+    requests = fresh_requests()
+    iterations = serve_all(worker_of(checkpoints[family], blocks=blocks), requests, FirstComeFirstServed(tokens, batch))
+    assert [request.generated for request in requests] == expected[family]
+    assert any(request.preemptions for request in requests) == (blocks == 14)
+    figures = metrics.summary(requests, iterations)
+    assert figures["requests_served"] == len(requests)
+    assert figures["tokens_per_s"] > 0
+    assert figures["bubble_s"] >= 0
+
+
+def test_tokens_stream_as_they_come_and_stop_where_told(
+    checkpoints: dict[str, Path], expected: dict[str, list[list[int]]]
+) -> None:
+    requests = fresh_requests()
+    for request, tokens in zip(requests, expected["llama"], strict=True):
+        request.stop_token = tokens[len(tokens) // 2]
+    seen: dict[int, list[int]] = {request.id: [] for request in requests}
+    with Engine(worker_of(checkpoints["llama"]), FirstComeFirstServed(64, 8)) as engine:
+        for request, token in engine.stream(requests):
+            seen[request.id].append(token)
+            assert request.generated == seen[request.id]
+    for request, tokens in zip(requests, expected["llama"], strict=True):
+        assert seen[request.id] == tokens[: tokens.index(request.stop_token) + 1]
+
+
+def test_drawn_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, Path]) -> None:
+    worker = worker_of(checkpoints["llama"], blocks=14)
+    outcomes = []
+    for scheduler in (FirstComeFirstServed(512, 1), FirstComeFirstServed(16, 64)):
+        requests = fresh_requests()
+        for request in requests:
+            request.sampling = Sampling(1.0, 0.9, seed=3)
+        serve_all(worker, requests, scheduler)
+        outcomes.append([request.generated for request in requests])
+    assert outcomes[0] == outcomes[1]
+
+
+def test_requests_that_cannot_be_served_end_refused_and_others_go_on(
+    checkpoints: dict[str, Path], expected: dict[str, list[list[int]]]
+) -> None:
+    requests = [*fresh_requests(), Request(98, [1] * 60, 6), Request(99, [1] * 30, 30)]
+    serve_all(worker_of(checkpoints["gpt2"], blocks=12), requests, FirstComeFirstServed(64, 8))
+    assert [request.phase for request in requests[-2:]] == [Phase.REFUSED] * 2
+    assert "exceed the KV cache, which holds 48 tokens" in requests[-1].refusal
+    assert [request.generated for request in requests[:-2]] == expected["gpt2"]
+    with pytest.raises(SaihError, match=f"request 0: its prompt has tokens outside the vocabulary of {VOCAB}"):
+        serve_all(worker_of(checkpoints["gpt2"]), [Request(0, [VOCAB], 1)], FirstComeFirstServed(64, 8))
+
+
+def test_arrivals_are_waited_for(checkpoints: dict[str, Path]) -> None:
+    requests = [Request(0, [1, 2], 2), Request(1, [3], 2, arrival_s=0.2)]
+    serve_all(worker_of(checkpoints["opt"]), requests, FirstComeFirstServed(64, 8))
+    assert requests[1].token_s[0] > 0.2
+
+
+class Moving:
+    """Before every batch, all that is cached goes to the host and comes back to other blocks."""
+
+    def __init__(self) -> None:
+        self.inner = FirstComeFirstServed(16, 64)
+        self.moved_blocks = 0
+
+    def next_batch(self, state: ServerState) -> BatchPlan | None:
+        before = {request: list(state.blocks.table(request.id)) for request in state.running.values()}
+        out_of = [block for table in before.values() for block in table]
+        for request in before:
+            state.blocks.release(request.id)
+        for request, table in before.items():
+            assert state.blocks.grow(request.id, len(table) * state.blocks.block_size)
+        into = [block for request in before for block in state.blocks.table(request.id)]
+        plan = self.inner.next_batch(state)
+        if plan is not None:
+            plan.copies_out += [(block, place) for place, block in enumerate(out_of)]
+            plan.copies_in += list(enumerate(into))
+            self.moved_blocks += sum(old != new for old, new in zip(out_of, into, strict=True))
+        return plan
+
+
+def test_blocks_that_visit_the_host_change_no_token(
+    checkpoints: dict[str, Path], expected: dict[str, list[list[int]]]
+) -> None:
+    requests, moving = fresh_requests(), Moving()
+    serve_all(worker_of(checkpoints["llama"], blocks=14, host=14), requests, moving)
+    assert [request.generated for request in requests] == expected["llama"]
+    assert moving.moved_blocks > 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_ranks_give_the_tokens_of_generate(
+    family: str, checkpoints: dict[str, Path], expected: dict[str, list[list[int]]], two_ranks: dict[str, Any]
+) -> None:
+    for layout in ("tp=2 pp=1", "tp=1 pp=2"):
+        assert two_ranks[f"{family} {layout}"] == expected[family], layout
+
+
+@pytest.fixture(scope="module")
+def two_ranks(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_rank, (str(folder), {k: str(v) for k, v in checkpoints.items()}), nprocs=2)
+    return json.loads((folder / "tokens.json").read_text())
+
+
+def _rank(rank: int, folder: str, checkpoints: dict[str, str]) -> None:
+    """Serves with every family and both ways to cut it; a cache so small that requests are preempted."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    tokens = {}
+    for tp, pp in ((2, 1), (1, 2)):
+        mesh = Mesh.make(tp, pp)
+        for family, checkpoint in checkpoints.items():
+            worker = worker_of(Path(checkpoint), mesh, blocks=14)
+            if rank == 0:
+                requests = fresh_requests()
+                serve_all(worker, requests, FirstComeFirstServed(16, 4))
+                tokens[f"{family} tp={tp} pp={pp}"] = [request.generated for request in requests]
+            else:
+                worker.follow()
+    if rank == 0:
+        (Path(folder) / "tokens.json").write_text(json.dumps(tokens))
+    dist.destroy_process_group()

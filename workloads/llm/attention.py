@@ -1,0 +1,328 @@
+"""How packed rows form sequences (AttnMeta), and the attention kernels to choose from.
+
+T packed query rows, K packed keys, B sequences, Q and L the longest query and key rows, H heads, G KV heads, d their
+size, N blocks of S tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from saih.errors import SaihError, unknown
+from workloads.llm.kv import PagedKV
+
+BACKENDS = ("padded", "loop", "varlen", "triton")
+"""padded: SDPA over [B, longest], any device. loop: SDPA for each sequence, any device. varlen: torch's flash kernel
+over packed rows, CUDA and half precision. triton: as varlen, and decode steps read the cache in place, in splits."""
+
+
+@dataclass(frozen=True)
+class AttnMeta:
+    """How the T packed rows of a step form B sequences, and where keys and values lie. The same for every layer.
+
+    Sequence b owns the query rows cu_q[b]:cu_q[b+1]. Its first row stands at position starts[b]: so many of its tokens
+    are in the KV cache already. Prefill, a chunk of a prefill, decode and an encoder are all this.
+    """
+
+    query_lens: tuple[int, ...]
+    """Rows of each sequence in this step."""
+    kv_lens: tuple[int, ...]
+    """Keys each sequence may attend to, those of this step included."""
+    starts: tuple[int, ...]
+    causal: bool
+    positions_T: Tensor
+    """int64: place of each row in its sequence."""
+    cu_q: Tensor
+    """int32 [B+1]"""
+    cu_k: Tensor
+    """int32 [B+1]: first key of each sequence among the keys that attention gets packed."""
+    kv_lens_B: Tensor
+    """int32: kv_lens, on the device."""
+    block_table_BN: Tensor | None = None
+    """int32: cache blocks of each sequence in order, filled up with 0. None: there is no cache in this step."""
+    slots_T: Tensor | None = None
+    """int64: cache slot that each row's key and value go to."""
+    slots_K: Tensor | None = None
+    """int64: cache slots of all keys of all sequences, packed."""
+
+    @classmethod
+    def packed(
+        cls,
+        query_lens: Sequence[int],
+        *,
+        starts: Sequence[int] | None = None,
+        block_tables: Sequence[Sequence[int]] | None = None,
+        block_size: int = 0,
+        causal: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> AttnMeta:
+        """Sequences of these lengths, one after the other, without padding.
+
+        With `block_tables` (cache blocks of each sequence, in order) keys and values go through a paged cache, and
+        `starts` says how many tokens of each sequence are there already (default 0). A decode step is
+        query_lens=[1, ...] with starts=lengths so far.
+        Raises SaihError for an empty batch, an empty sequence, `starts` without a cache, too few blocks.
+        """
+        begins = tuple(starts) if starts is not None else (0,) * len(query_lens)
+        _check(query_lens, begins, block_tables, block_size)
+        lens = tuple(query_lens)
+        kv_lens = tuple(start + length for start, length in zip(begins, lens, strict=True))
+        positions_T = torch.cat([torch.arange(a, b) for a, b in zip(begins, kv_lens, strict=True)])
+        table_BN = slots_T = slots_K = None
+        if block_tables is not None:
+            rows = [torch.tensor(row, dtype=torch.int32) for row in block_tables]
+            table_BN = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            slots = [_slots(row, length, block_size) for row, length in zip(rows, kv_lens, strict=True)]
+            slots_K = torch.cat(slots).to(device)
+            slots_T = torch.cat([each[start:] for each, start in zip(slots, begins, strict=True)]).to(device)
+            table_BN = table_BN.to(device)
+        return cls(
+            lens,
+            kv_lens,
+            begins,
+            causal,
+            positions_T.to(device),
+            _cumulated(lens, device),
+            _cumulated(kv_lens, device),
+            torch.tensor(kv_lens, dtype=torch.int32, device=device),
+            table_BN,
+            slots_T,
+            slots_K,
+        )
+
+    @classmethod
+    def padded(cls, lens: Sequence[int], *, causal: bool = True, device: torch.device | str = "cpu") -> AttnMeta:
+        """The wasteful form: every sequence takes max(lens) rows, and rows behind its length hold rubbish.
+
+        Rows b*max(lens) : b*max(lens)+lens[b] are valid; nothing valid attends to rubbish. No cache.
+        """
+        _check(lens, (0,) * len(lens), None, 0)
+        rows = (max(lens),) * len(lens)
+        edges = _cumulated(rows, device)
+        positions_T = torch.arange(max(lens), device=device).repeat(len(lens))
+        kv_lens = torch.tensor(lens, dtype=torch.int32, device=device)
+        return cls(rows, tuple(lens), (0,) * len(lens), causal, positions_T, edges, edges, kv_lens)
+
+    @property
+    def decode(self) -> bool:
+        """Whether every sequence has one row."""
+        return max(self.query_lens) == 1
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no sequence has earlier tokens: this step's keys are all there are."""
+        return not any(self.starts)
+
+    @property
+    def key_rows(self) -> tuple[int, ...]:
+        """Rows of each sequence among the packed keys; more than kv_lens in the padded form."""
+        return tuple(start + length for start, length in zip(self.starts, self.query_lens, strict=True))
+
+    @cached_property
+    def last_rows(self) -> Tensor:
+        """int64 [B]: the row of the last token of each sequence."""
+        return (self.cu_q[:-1] + self.kv_lens_B - 1).long() - torch.tensor(self.starts, device=self.cu_q.device)
+
+    @cached_property
+    def padded_rows_T(self) -> Tensor:  # noqa: N802
+        """int64: where each packed row stands in [B * Q]."""
+        return _padded_rows(self.query_lens, self.cu_q.device)
+
+    @cached_property
+    def padded_rows_K(self) -> Tensor:  # noqa: N802
+        """int64: where each packed key stands in [B * L]."""
+        return _padded_rows(self.key_rows, self.cu_q.device)
+
+    @cached_property
+    def mask_B1QL(self) -> Tensor:  # noqa: N802
+        """Whether a padded query may see a padded key."""
+        device = self.cu_q.device
+        key_L, query_Q = (torch.arange(max(rows), device=device) for rows in (self.key_rows, self.query_lens))
+        seen = key_L < self.kv_lens_B[:, None, None, None]
+        if self.causal:
+            starts_B = torch.tensor(self.starts, device=device)
+            seen = seen & (key_L <= (starts_B[:, None] + query_Q)[:, None, :, None])
+        return seen.expand(-1, -1, len(query_Q), -1)
+
+
+def _check(lens: Sequence[int], starts: Sequence[int], tables: Sequence[Sequence[int]] | None, block_size: int) -> None:
+    if not lens:
+        raise SaihError("an empty batch: a step needs at least one sequence")
+    if min(lens) < 1:
+        raise SaihError(f"sequence {list(lens).index(min(lens))} has {min(lens)} rows; at least 1 is needed")
+    if len(starts) != len(lens):
+        raise SaihError(f"{len(starts)} starts for {len(lens)} sequences")
+    if tables is None:
+        if any(starts):
+            raise SaihError("sequences that go on (starts > 0) need a KV cache: block_tables")
+        return
+    if block_size < 1 or len(tables) != len(lens):
+        raise SaihError(f"{len(tables)} block tables of blocks of {block_size} tokens for {len(lens)} sequences")
+    for sequence, (table, start, length) in enumerate(zip(tables, starts, lens, strict=True)):
+        if len(table) * block_size < start + length:
+            raise SaihError(
+                f"sequence {sequence} has {len(table)} blocks of {block_size} tokens, too few for {start + length}"
+            )
+
+
+def _cumulated(lens: Sequence[int], device: torch.device | str) -> Tensor:
+    return torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=device)
+
+
+def _slots(blocks_N: Tensor, length: int, block_size: int) -> Tensor:
+    """The cache slots of a sequence's first tokens."""
+    place = torch.arange(length)
+    return blocks_N[place // block_size].long() * block_size + place % block_size
+
+
+def _padded_rows(lens: Sequence[int], device: torch.device) -> Tensor:
+    longest = max(lens)
+    return torch.cat([torch.arange(b * longest, b * longest + length) for b, length in enumerate(lens)]).to(device)
+
+
+# -- Kernels over packed keys ------------------------------------------------------------------------------------------
+
+Kernel = Callable[[Tensor, Tensor, Tensor, AttnMeta], Tensor]
+"""q [T, H, d], keys and values [K, G, d] -> [T, H, d]."""
+
+
+def padded(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tensor:
+    """Fill up to the longest sequence, attend, and take the valid rows out again."""
+    q_BHQd = _pad(q_THd, meta.query_lens, meta.padded_rows_T)
+    k_BGLd, v_BGLd = (_pad(x, meta.key_rows, meta.padded_rows_K) for x in (k_KGd, v_KGd))
+    triangle = meta.causal and meta.fresh  # rubbish is behind what is valid: the triangle hides it
+    full = min(meta.kv_lens) == max(meta.key_rows) and (meta.decode or not meta.causal)
+    mask = None if triangle or full else meta.mask_B1QL
+    o_BHQd = F.scaled_dot_product_attention(
+        q_BHQd, k_BGLd, v_BGLd, attn_mask=mask, is_causal=triangle, enable_gqa=q_BHQd.shape[1] != k_BGLd.shape[1]
+    )
+    o_RHd = o_BHQd.transpose(1, 2).flatten(0, 1)
+    return o_RHd if len(o_RHd) == len(q_THd) else o_RHd.index_select(0, meta.padded_rows_T)
+
+
+def _pad(x_THd: Tensor, lens: Sequence[int], rows_T: Tensor) -> Tensor:
+    """[T, H, d] -> [B, H, longest, d] with zeros behind the shorter sequences; a view if there are none."""
+    size = len(lens) * max(lens)
+    if len(x_THd) != size:
+        x_THd = x_THd.new_zeros(size, *x_THd.shape[1:]).index_copy(0, rows_T, x_THd)
+    return x_THd.view(len(lens), -1, *x_THd.shape[1:]).transpose(1, 2)
+
+
+def loop(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tensor:
+    """One call a sequence: no padding, many small kernels."""
+    outputs = []
+    queries, keys, values = (
+        x.transpose(0, 1).unsqueeze(0).split(list(rows), dim=2)
+        for x, rows in ((q_THd, meta.query_lens), (k_KGd, meta.key_rows), (v_KGd, meta.key_rows))
+    )
+    for q, k, v, length in zip(queries, keys, values, meta.kv_lens, strict=True):
+        rows, mask = q.shape[2], None
+        triangle = meta.causal and rows == k.shape[2]
+        if not meta.causal:
+            k, v = k[:, :, :length], v[:, :, :length]
+        elif not triangle and rows > 1:
+            mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(o[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def varlen(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tensor:
+    """torch's flash attention over packed rows. Its causal triangle ends at the last query and the last key."""
+    from torch.nn.attention.varlen import varlen_attn  # absent in builds without flash attention
+
+    if meta.kv_lens != meta.key_rows:
+        raise SaihError("attention backend 'varlen' takes packed rows only; use 'padded' for padded ones")
+    kernel: Callable[..., Any] = varlen_attn
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        kernel = partial(varlen_attn, enable_gqa=True)
+    else:  # torch 2.11
+        k_KGd, v_KGd = (x.repeat_interleave(q_THd.shape[1] // x.shape[1], dim=1) for x in (k_KGd, v_KGd))
+    longest_q, longest_k = max(meta.query_lens), max(meta.key_rows)
+    window = (-1, 0) if meta.causal else (-1, -1)
+    o_THd: Tensor = kernel(q_THd, k_KGd, v_KGd, meta.cu_q, meta.cu_k, longest_q, longest_k, window_size=window)
+    return o_THd
+
+
+# -- The choice --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a stage attends with: a kernel over packed keys, and one over the cache itself for decode steps, if any."""
+
+    name: str
+    kernel: Kernel
+    paged_decode: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int | None], Tensor] | None = None
+    splits: int | None = None
+
+    def __call__(
+        self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, meta: AttnMeta, kv: PagedKV | None, layer: int
+    ) -> Tensor:
+        """Attention of this step's rows; with a cache, their keys and values are stored first."""
+        if meta.slots_T is None or meta.slots_K is None or meta.block_table_BN is None:
+            return self.kernel(q_THd, k_TGd, v_TGd, meta)
+        if kv is None:
+            raise SaihError("this step has block tables but no KV cache was given")
+        kv.write(layer, meta.slots_T, k_TGd, v_TGd)
+        if self.paged_decode is not None and meta.decode:
+            return self.paged_decode(q_THd, *kv.layer(layer), meta.block_table_BN, meta.kv_lens_B, self.splits)
+        if not meta.fresh:
+            k_TGd, v_TGd = kv.read(layer, meta.slots_K)
+        return self.kernel(q_THd, k_TGd, v_TGd, meta)
+
+
+def backend(
+    name: str = "auto",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    splits: int | None = None,
+) -> Backend:
+    """The backend of this name, or the best that device and dtype have.
+
+    splits: into how many parts a decode step cuts each sequence's keys (Dao et al., Flash-Decoding, 2023); 1 is one
+    thread block a sequence and KV head, None fills the GPU. Only 'triton' has them.
+    Raises SaihError for an unknown name and for a backend that the device or the dtype lacks.
+    """
+    device = torch.device(device)
+    lacks = {each: _lack(each, device, dtype) for each in BACKENDS}
+    if name == "auto":
+        order = ("loop",) if device.type == "cpu" else ("triton", "varlen", "padded")
+        name = next(each for each in order if not lacks[each])
+    if name not in BACKENDS:
+        raise unknown("attention backend", name, ("auto", *BACKENDS))
+    if lacks[name]:
+        able = ", ".join(each for each in BACKENDS if not lacks[each])
+        raise SaihError(f"attention backend {name!r} {lacks[name]}; possible on {device} with {dtype}: {able}")
+    if splits is not None and name != "triton":
+        raise SaihError(f"attention backend {name!r} has no splits, only 'triton' has")
+    if name != "triton":
+        return Backend(name, {"padded": padded, "loop": loop, "varlen": varlen}[name])
+    from workloads.llm.triton_decode import paged_decode
+
+    return Backend(name, varlen, paged_decode, splits)
+
+
+def _lack(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a backend cannot be used here; empty if it can."""
+    if name in ("padded", "loop"):
+        return ""
+    if device.type != "cuda":
+        return "needs CUDA"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "needs fp16 or bf16"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "needs the triton package"
+    return ""

@@ -1,0 +1,162 @@
+"""One rank's half of serving: run the steps that rank 0 decides, as integers that every rank receives."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from workloads.llm.allocator import BlockAllocator
+from workloads.llm.attention import AttnMeta
+from workloads.llm.kv import PagedKV, copy_blocks
+from workloads.llm.model import Stage
+from workloads.llm.sampling import choose, draw
+from workloads.llm.scheduler import BatchPlan
+
+FIRST_WORDS = 1024
+"""Size of the one message that carries most steps; what is longer follows in a second."""
+
+
+class Step(NamedTuple):
+    """A batch plan in numbers, all int32 on the CPU: T rows of B sequences, of which R get a token."""
+
+    ids_T: Tensor
+    counts_B: Tensor
+    starts_B: Tensor
+    """Tokens of each sequence that are in the cache already."""
+    table_lengths_B: Tensor
+    blocks: Tensor
+    """The sequences' block tables, one after the other."""
+    sampled_R: Tensor
+    """Which sequences get a token."""
+    draws: Tensor
+    """A `Draw` for each of them: the bits of 3R float32."""
+    copies_out: Tensor
+    """Device block, host block, and so on."""
+    copies_in: Tensor
+    """Host block, device block, and so on."""
+
+    @classmethod
+    def of(cls, plan: BatchPlan, blocks: BlockAllocator) -> "Step":
+        pairs = list(zip(plan.requests, plan.tokens, strict=True))
+        tables = [blocks.table(request.id) for request in plan.requests]
+        sampled = [place for place, (request, tokens) in enumerate(pairs) if tokens == request.pending]
+        draws = [draw(plan.requests[place]) for place in sampled]
+        return cls(
+            _words(each for request, tokens in pairs for each in request.tokens(request.computed, tokens)),
+            _words(plan.tokens),
+            _words(request.computed for request in plan.requests),
+            _words(map(len, tables)),
+            _words(block for table in tables for block in table),
+            _words(sampled),
+            torch.tensor(draws, dtype=torch.float32).view(torch.int32).flatten(),
+            _words(block for pair in plan.copies_out for block in pair),
+            _words(block for pair in plan.copies_in for block in pair),
+        )
+
+
+STOP = Step(*[torch.zeros(0, dtype=torch.int32)] * len(Step._fields))
+
+
+class Worker:
+    """A stage and its cache. Rank 0's is driven by an engine, the others `follow`.
+
+    Activations go from each rank to the same tensor-parallel rank of the next stage; the last stage sends the chosen
+    tokens to rank 0. Nothing waits for a send, so rank 0 may start a batch for each stage before the first returns.
+    """
+
+    def __init__(self, stage: Stage, kv: PagedKV, host_kv: PagedKV | None = None) -> None:
+        self.stage, self.kv, self.host_kv = stage, kv, host_kv
+        self.mesh = stage.mesh
+        self._alone = self.mesh.tp * self.mesh.pp == 1
+        self._control = None if self._alone else dist.new_group(backend="gloo")
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def follow(self) -> None:
+        """On every rank but 0: runs steps until the engine closes."""
+        while len((step := self._receive_step()).ids_T):
+            self.run(step)
+
+    def send_step(self, step: Step) -> None:
+        """On rank 0: tells all others what to run."""
+        if self._alone:
+            return
+        words = torch.cat([_words(map(len, step)), *step])
+        first = torch.zeros(FIRST_WORDS, dtype=torch.int32)
+        first[: len(words)] = words[:FIRST_WORDS]
+        for message in (first, words[FIRST_WORDS:].clone()):
+            if len(message):
+                self._keep(dist.broadcast(message, 0, group=self._control, async_op=True), message)
+
+    def _receive_step(self) -> Step:
+        words = torch.empty(FIRST_WORDS, dtype=torch.int32)
+        dist.broadcast(words, 0, group=self._control)
+        lengths = words[: len(Step._fields)].tolist()
+        total = len(lengths) + sum(lengths)
+        if total > FIRST_WORDS:
+            rest = torch.empty(total - FIRST_WORDS, dtype=torch.int32)
+            dist.broadcast(rest, 0, group=self._control)
+            words = torch.cat([words, rest])
+        return Step(*words[len(lengths) : total].split(lengths))
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Tensor | None:
+        """This rank's share of a step; the chosen tokens [R] where the last stage's first rank is rank 0 itself."""
+        self._copy_blocks(step)
+        device = self.stage.device
+        tables = [table.tolist() for table in step.blocks.split(step.table_lengths_B.tolist())]
+        meta = AttnMeta.packed(
+            step.counts_B.tolist(),
+            starts=step.starts_B.tolist(),
+            block_tables=tables,
+            block_size=self.kv.block_size,
+            device=device,
+        )
+        x = step.ids_T.long().to(device) if self.stage.first else self._receive_rows(len(step.ids_T))
+        if not self.stage.last:
+            h_TD = self.stage(x, meta, self.kv).contiguous()
+            self._keep(dist.isend(h_TD, dist.get_rank() + self.mesh.tp), h_TD)
+            return None
+        logits_RV = self.stage(x, meta, self.kv, meta.last_rows[step.sampled_R.long().to(device)])
+        if self.mesh.tp_rank != 0:
+            return None
+        tokens_R = choose(logits_RV, step.draws.view(torch.float32).view(-1, 3).to(device))
+        if self.mesh.pp == 1:
+            return tokens_R
+        tokens_R = tokens_R.cpu()
+        self._keep(dist.isend(tokens_R, 0, group=self._control), tokens_R)
+        return None
+
+    def receive_tokens(self, count: int) -> Tensor:
+        """On rank 0: what the last stage chose in the oldest step whose tokens were not received yet."""
+        tokens_R = torch.empty(count, dtype=torch.int64)
+        dist.recv(tokens_R, (self.mesh.pp - 1) * self.mesh.tp, group=self._control)
+        return tokens_R
+
+    def wait(self) -> None:
+        """Until all that was sent has left."""
+        while self._sent:
+            self._sent.popleft()[0].wait()
+
+    def _receive_rows(self, rows: int) -> Tensor:
+        h_TD = torch.empty(rows, self.stage.spec.hidden, dtype=self.stage.dtype, device=self.stage.device)
+        dist.recv(h_TD, dist.get_rank() - self.mesh.tp)
+        return h_TD
+
+    def _copy_blocks(self, step: Step) -> None:
+        if self.host_kv is not None:
+            copy_blocks(self.kv, self.host_kv, step.copies_out[0::2].tolist(), step.copies_out[1::2].tolist())
+            copy_blocks(self.host_kv, self.kv, step.copies_in[0::2].tolist(), step.copies_in[1::2].tolist())
+
+    def _keep(self, work: dist.Work | None, tensor: Tensor) -> None:
+        """Holds on to what is being sent, and waits for the oldest when that is much."""
+        if work is not None:
+            self._sent.append((work, tensor))
+        if len(self._sent) > 4 * self.mesh.pp:
+            self._sent.popleft()[0].wait()
+
+
+def _words(numbers: Iterable[int] | Sequence[int]) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.int32)
