@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from saih.errors import SaihError
-from workloads.llm.energonai.consistency import TICKETS, after
+from workloads.llm.energonai.consistency import after
 from workloads.llm.energonai.message import Kind, Message, receive, send
 from workloads.llm.energonai.worker import ENGINE, Worker
 
@@ -37,12 +37,12 @@ class Engine:
     the result of the last stage for its own ticket.
     """
 
-    def __init__(self, worker: Worker, *, padded: bool = False, blocking: bool = False, tickets: int = TICKETS) -> None:
+    def __init__(self, worker: Worker, *, padded: bool = False, blocking: bool = False) -> None:
         """padded: rows are filled up to the longest sequence. blocking: `run` returns when the batch is through."""
         self.worker, self.padded, self.blocking = worker, padded, blocking
         self._control, mesh = worker.control, worker.mesh
         self._others = [rank for rank in range(mesh.tp * mesh.pp) if rank != ENGINE]
-        self._tickets, self._next = tickets, 0
+        self._next = 0
         self._waiting: dict[int, tuple[Message, Future[Tensor]]] = {}
         self._sending, self._changing = threading.Lock(), threading.Lock()
         self._closed = False
@@ -85,9 +85,9 @@ class Engine:
         with self._changing:
             if self._closed or self.worker.failure:
                 raise SaihError(self.worker.failure or "the engine is closed")
-            if len(self._waiting) >= self._tickets - 1:
-                raise SaihError(f"{len(self._waiting)} batches are under way and there are {self._tickets} tickets")
-            ticket, self._next = self._next, after(self._next, self._tickets)
+            if len(self._waiting) >= self.worker.tickets - 1:
+                raise SaihError(f"{len(self._waiting)} batches are under way and there are {self.worker.tickets} tickets")
+            ticket, self._next = self._next, after(self._next, self.worker.tickets)
             command = command.with_ticket(ticket)
             self._waiting[ticket] = command, future
         self._send(command)
@@ -129,15 +129,15 @@ class Engine:
         self._fail(f"rank {rank} failed: {why}")
 
     def _fail(self, why: str) -> None:
-        """The first failure ends everything: futures, this rank, all others."""
-        with self._changing:
-            if self.worker.failure:
-                return
-            self.worker.fail(why)
-            waiting, self._waiting = self._waiting, {}
-        for _, future in waiting.values():
-            future.set_exception(SaihError(why))
+        """The first failure ends everything: this rank, all others, and then, when they know, the futures."""
         with self._sending:
+            with self._changing:
+                if self.worker.failure:
+                    return
+                self.worker.fail(why)
+                waiting, self._waiting = self._waiting, {}
             for rank in self._others:
                 with contextlib.suppress(RuntimeError):  # of the one that died
                     send(Message.text(Kind.ABORT, why), [rank], self._control)
+        for _, future in waiting.values():
+            future.set_exception(SaihError(why))

@@ -66,6 +66,7 @@ class Worker:
         self.pickup_delay_s = 0.0
         """Pickers sleep up to this long, at random: a test of the ticket order."""
         self.failure = ""
+        self.tickets = tickets
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()
         self._reports: SimpleQueue[tuple[Message, Tensor | None]] = SimpleQueue()
         self._queue: ConsistencyQueue[Job | None] = ConsistencyQueue(tickets)
