@@ -48,7 +48,7 @@ AXES = (
         "tokens of a padded batch",
         tuple(
             Rung(f"{batch}x{length}", {"batch": batch, "length": length}, batch * length)
-            for batch, length in ((2, 64), (4, 128), (8, 128), (16, 128), (16, 256), (32, 512), (32, 2048))
+            for batch, length in ((4, 64), (4, 128), (8, 128), (16, 128), (16, 256), (32, 512), (32, 2048))
         ),
     ),
     Axis(
