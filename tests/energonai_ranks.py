@@ -124,9 +124,9 @@ class BrokenStage(EmulatedStage):
 
 
 def accident(rank: int, folder: str, kind: str, depth: int) -> None:
-    """A pipeline of four in which something happens on one rank; the others write what they are told, and when."""
-    join(rank, folder, 4)
-    worker = worker_of(Mesh.make(1, 4), depth, emulated=True)
+    """A pipeline of three in which something happens on one rank; the others write what they are told, and when."""
+    join(rank, folder, 3)
+    worker = worker_of(Mesh.make(1, 3), depth, emulated=True)
     if kind == "broken" and rank == 1:
         worker.stage = BrokenStage(8, last=False)
     began_s = time.monotonic()

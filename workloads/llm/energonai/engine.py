@@ -86,7 +86,9 @@ class Engine:
             if self._closed or self.worker.failure:
                 raise SaihError(self.worker.failure or "the engine is closed")
             if len(self._waiting) >= self.worker.tickets - 1:
-                raise SaihError(f"{len(self._waiting)} batches are under way and there are {self.worker.tickets} tickets")
+                raise SaihError(
+                    f"{len(self._waiting)} batches are under way and there are {self.worker.tickets} tickets"
+                )
             ticket, self._next = self._next, after(self._next, self.worker.tickets)
             command = command.with_ticket(ticket)
             self._waiting[ticket] = command, future
