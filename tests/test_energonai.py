@@ -1,0 +1,492 @@
+"""EnergonAI: ticket order, hand-offs, packed rows, what happens when a rank dies, and what a window costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from saih import workload
+from saih.core import Context, Params, Place, Point
+from saih.errors import SaihError
+from saih.timing import StepClock, Unclocked, run_steps
+from tests import energonai_ranks as ranks
+from workloads.llm.attention import AttnMeta
+from workloads.llm.config import preset
+from workloads.llm.energonai import bench, spec, timeline, window
+from workloads.llm.energonai.consistency import ConsistencyQueue
+from workloads.llm.energonai.engine import Batch, Engine
+from workloads.llm.energonai.handoff import ahead
+from workloads.llm.energonai.message import Kind, Message
+from workloads.llm.energonai.stages import EmulatedStage
+from workloads.llm.energonai.worker import Worker
+from workloads.llm.loader import random_init
+from workloads.llm.model import Stage
+from workloads.llm.shard import Mesh
+
+# -- Tickets -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 7), st.lists(st.permutations(range(6)), min_size=1, max_size=4))
+def test_any_order_of_arrival_comes_out_in_ticket_order(tickets: int, rounds: list[list[int]]) -> None:
+    """Fewer items than tickets are under way at a time, and tickets begin again at 0."""
+    queue: ConsistencyQueue[int] = ConsistencyQueue(tickets)
+    found, base = [], 0
+    for arrival in rounds:
+        some = [place for place in arrival if place < tickets - 1]
+        for place in some:
+            queue.put((base + place) % tickets, base + place)
+        found += [queue.pop() for _ in some]
+        base += len(some)
+    assert found == list(range(base))
+
+
+def test_the_queue_waits_for_the_next_ticket_though_later_ones_are_there() -> None:
+    queue: ConsistencyQueue[str] = ConsistencyQueue()
+    queue.put(1, "second")
+    with ThreadPoolExecutor(1) as pool:
+        popped = [pool.submit(queue.pop), pool.submit(queue.pop)]
+        with pytest.raises(TimeoutError):
+            popped[0].result(0.05)
+        queue.put(0, "first")
+        assert [each.result(5) for each in popped] == ["first", "second"]
+
+
+def test_a_ticket_cannot_come_twice() -> None:
+    queue: ConsistencyQueue[int] = ConsistencyQueue()
+    queue.put(3, 0)
+    with pytest.raises(ValueError, match="ticket 3"):
+        queue.put(3, 0)
+
+
+class Recorder(EmulatedStage):
+    """Remembers what it was given to execute."""
+
+    def __init__(self) -> None:
+        super().__init__(8, last=True)
+        self.seen: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+
+    def __call__(self, job: Any, x_TD: Any) -> torch.Tensor:
+        self.seen.append((job.command.ticket, job.command.lens, job.meta.query_lens))
+        return super().__call__(job, x_TD)
+
+
+def test_a_ticket_is_executed_with_its_own_lengths_whoever_picked_it_up() -> None:
+    """The released code takes the lengths of the thread that executes, not of the ticket it executes."""
+    stage, results = Recorder(), dict[int, torch.Tensor]()
+    worker = Worker(stage, Mesh(), None, depth=0)
+    worker.start(results.__setitem__, pytest.fail)
+    lens = {0: (3,), 1: (1, 4), 2: (2, 2, 2)}
+    for ticket in (2, 0, 1):
+        worker.put(Message(Kind.RUN, ticket, lens[ticket], torch.full((sum(lens[ticket]),), 10 * ticket)))
+    worker.wait_for(3)
+    worker.put(Message(Kind.STOP, 3))
+    worker.join(5)
+    assert stage.seen == [(ticket, lens[ticket], lens[ticket]) for ticket in range(3)]
+    assert {ticket: x[:, 0].tolist() for ticket, x in results.items()} == {
+        ticket: [10 * ticket + 1.0] * len(lens[ticket]) for ticket in range(3)
+    }
+
+
+@pytest.fixture
+def alone() -> Iterator[Engine]:
+    engine = Engine(Worker(EmulatedStage(4, last=True), Mesh(), None, depth=0, tickets=4))
+    yield engine
+    engine.close()
+
+
+def test_what_cannot_be_a_batch_is_refused(alone: Engine) -> None:
+    for lens, ids in (((), 0), ((2, 0), 2)):
+        with pytest.raises(SaihError, match="at least one token"):
+            alone.run(Batch(lens, torch.zeros(ids, dtype=torch.int64)))
+    with pytest.raises(SaihError, match="3 ids whose lengths add up to 4"):
+        alone.run(Batch((4,), torch.zeros(3, dtype=torch.int64)))
+
+
+def test_more_batches_under_way_than_tickets_are_refused(alone: Engine) -> None:
+    batch = Batch((1,), torch.ones(1, dtype=torch.int64), emulated_us=200_000)
+    futures: list[Future[torch.Tensor]] = [alone.run(batch) for _ in range(3)]
+    with pytest.raises(SaihError, match="3 batches are under way and there are 4 tickets"):
+        alone.run(batch)
+    assert all(future.result().shape == (1, 4) for future in futures)
+    assert alone.run(batch).result()[0, 0] == 2.0
+
+
+def test_a_closed_engine_takes_nothing(alone: Engine) -> None:
+    future = alone.run(Batch((2,), torch.tensor([5, 6])))
+    alone.close()
+    assert future.result(0)[0, 0] == 7.0, "what was submitted is done before"
+    with pytest.raises(SaihError, match="closed"):
+        alone.run(Batch((1,), torch.tensor([5])))
+
+
+# -- Hand-offs ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 4), st.integers(0, 12))
+def test_ahead_gives_the_same_items_and_is_never_further_ahead(depth: int, count: int) -> None:
+    taken = 0
+    furthest = []
+
+    def source() -> Iterator[int]:
+        nonlocal taken
+        for item in range(count):
+            taken += 1
+            yield item
+
+    found = []
+    for item in ahead(source(), depth):
+        found.append(item)
+        furthest.append(taken - len(found))
+    assert found == list(range(count))
+    assert max(furthest, default=0) <= depth
+
+
+def test_ahead_runs_ahead_and_says_what_failed() -> None:
+    reached = threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 0
+        yield 1
+        reached.set()
+        raise ConnectionError("gone")
+
+    items = ahead(source(), 2)
+    assert next(items) == 0
+    assert reached.wait(5), "taken while the consumer is busy"
+    assert next(items) == 1
+    with pytest.raises(ConnectionError, match="gone"):
+        next(items)
+
+
+@dataclass
+class _Stage:
+    """Of the event simulation: what it is doing, what lies before and behind it."""
+
+    left: int = 0
+    """Ticks of work left on the batch it computes; -1: it holds a computed one that it has to hand over."""
+    batch: int | None = None
+    inbox: list[int] = field(default_factory=list)
+    outbox: list[int] = field(default_factory=list)
+    expected: int = 0
+    """Batches whose transfer to this stage has begun."""
+
+
+def simulate(handoff: str, durations: list[int], stages: int, transfer: int, buffer: int) -> int:
+    """Ticks that a window takes: every stage and every link moves one tick at a time. No recurrence in it."""
+    line = [_Stage() for _ in range(stages)]
+    line[0].inbox = list(range(len(durations)))
+    links: list[list[int] | None] = [None] * stages  # into stage s: [batch, ticks left]
+    done, now = 0, 0
+    while done < len(durations):
+        moved = True
+        while moved:  # whatever can happen at this instant
+            moved = False
+            for place, stage in enumerate(line):
+                link = links[place]
+                if link is not None and link[1] == 0:
+                    stage.inbox.append(link[0])
+                    links[place] = None
+                    if handoff != "nbpp":
+                        line[place - 1].outbox.pop(0)
+                    else:
+                        line[place - 1].outbox.remove(link[0])
+                    moved = True
+                if stage.batch is not None and stage.left == 0:
+                    if place + 1 < stages:
+                        stage.outbox.append(stage.batch)
+                    else:
+                        done += 1
+                    stage.batch, moved = None, True
+                stuck = len(stage.outbox) > (buffer if handoff == "nbpp" else 0)
+                first = place == 0 and handoff == "blocking" and stage.inbox and stage.inbox[0] > done
+                if stage.batch is None and stage.inbox and not stuck and not first:
+                    stage.batch = stage.inbox.pop(0)
+                    stage.left, moved = durations[stage.batch], True
+                before = line[place - 1] if place else None
+                if before is not None and links[place] is None:
+                    waiting = [each for each in before.outbox if each == stage.expected]
+                    idle = stage.batch is None and not stage.inbox and not stage.outbox
+                    room = len(stage.inbox) < buffer if handoff == "nbpp" else idle
+                    if waiting and room:
+                        links[place] = [waiting[0], transfer]
+                        stage.expected += 1
+                        moved = True
+        if done == len(durations):
+            return now
+        now += 1
+        for stage in line:
+            if stage.batch is not None:
+                stage.left -= 1
+        for link in links:
+            if link is not None:
+                link[1] -= 1
+    return now
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(timeline.HANDOFFS),
+    st.lists(st.integers(1, 9), min_size=1, max_size=9),
+    st.integers(1, 5),
+    st.integers(0, 4),
+    st.integers(1, 3),
+)
+def test_recurrences_are_what_a_simulation_by_events_finds(
+    handoff: str, durations: list[int], stages: int, transfer: int, buffer: int
+) -> None:
+    found = timeline.window_s(handoff, durations, stages, transfer, buffer)
+    assert found == simulate(handoff, durations, stages, transfer, buffer)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 6), st.integers(0, 9), st.integers(1, 4))
+def test_less_waiting_is_never_slower(durations: list[int], stages: int, transfer: int, buffer: int) -> None:
+    nbpp, more = (timeline.nbpp_s(durations, stages, transfer, size) for size in (buffer, buffer + 1))
+    rendezvous = timeline.rendezvous_s(durations, stages, transfer)
+    assert more <= nbpp <= rendezvous <= timeline.blocking_s(durations, stages, transfer)
+    assert nbpp >= max(sum(durations), stages * max(durations) + (stages - 1) * transfer)
+
+
+# -- Windows -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.floats(0.01, 1.0))
+def test_lengths_fill_exactly_what_they_should(batch: int, longest: int, valid: float) -> None:
+    try:
+        found = window.lengths(batch, longest, valid)
+    except SaihError:
+        assert not longest + batch - 1 <= round(valid * batch * longest) <= batch * longest
+        return
+    assert len(found) == batch
+    assert max(found) == longest
+    assert min(found) >= 1
+    assert sum(found) == round(valid * batch * longest)
+    orders = {window.shuffled_lengths(batch, longest, valid, 0, number) for number in range(3)}
+    assert all(sorted(order) == sorted(found) for order in orders)
+
+
+def test_at_half_the_tokens_every_length_is_as_likely() -> None:
+    found = window.lengths(100, 100, 0.5)
+    assert max(abs(length - place) for place, length in enumerate(found)) <= 2
+
+
+@pytest.mark.parametrize("kind", window.DURATIONS)
+def test_durations_have_the_mean_asked_for(kind: str) -> None:
+    found = window.durations_s(kind, 40, 0.02)
+    assert math.isclose(sum(found), 40 * 0.02)
+    low, high = {"uniform": (1, 1), "random": (0.25, 1.75), "bimodal": (0.25, 4)}[kind]
+    assert 0.02 * low <= min(found)
+    assert max(found) <= 0.02 * high + 1e-12
+    assert kind == "uniform" or list(found) != sorted(found)
+
+
+# -- Ranks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[float]]]:
+    folder = tmp_path_factory.mktemp("grid")
+    torch.multiprocessing.spawn(ranks.grid, (str(folder),), nprocs=4)  # type: ignore[attr-defined,no-untyped-call]
+    return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(4)]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize(("tp", "pp"), ranks.CUTS)
+def test_results_are_those_of_one_process_however_commands_are_picked_up(
+    four_ranks: list[dict[str, list[float]]], tp: int, pp: int, depth: int
+) -> None:
+    error, same_bits, last_error = four_ranks[0][f"tp={tp} pp={pp} depth={depth}"]
+    assert error < 1e-4
+    assert last_error < 1e-4
+    assert same_bits or tp > 2, "a sum of more than two depends on where in a message it stands"
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize(("tp", "pp"), ranks.CUTS)
+def test_closing_ends_every_thread(four_ranks: list[dict[str, list[float]]], tp: int, pp: int, depth: int) -> None:
+    assert [found[f"threads tp={tp} pp={pp} depth={depth}"] for found in four_ranks] == [[0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "told"),
+    [
+        ("kill 1", 2, "rank 1 died: its connection was closed"),
+        ("kill 0", 0, "rank 0, the engine, is gone"),
+        ("broken", 0, "rank 1 failed: ValueError: no room"),
+    ],
+)
+def test_every_rank_is_told_within_seconds_what_went_wrong(kind: str, depth: int, told: str, tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=ranks.accident, args=(rank, str(tmp_path), kind, depth)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    codes = [process.exitcode for process in processes]
+    survivors = [rank for rank in range(3) if kind != f"kill {rank}"]
+    assert codes == [0 if rank in survivors else -9 for rank in range(3)]
+    for rank in survivors:
+        what, after_s = json.loads((tmp_path / f"told{rank}.json").read_text())
+        assert (rank, what) == (rank, told)
+        assert after_s < 10
+    if 0 in survivors:
+        assert json.loads((tmp_path / "later.json").read_text()) == told
+
+
+# -- The workload ------------------------------------------------------------------------------------------------------
+
+TINY: dict[str, Any] = {"model": "gpt-tiny", "batch": 4, "length": 12, "batches": 3}
+
+
+def params(**changes: Any) -> Params:
+    known = workload.parameters(workload.spec("energonai"))
+    return {name: parameter.default for name, parameter in known.items()} | TINY | changes
+
+
+def windows(**changes: Any) -> bench.Windows:
+    return bench.setup(Point("energonai", params(**changes)), Context(Place(0, 0, 1), "cpu", ""))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": "packed"},
+        {"rows": "padded", "handoff": "blocking"},
+        {"attention": "loop", "handoff": "rendezvous"},
+        {"emulated_stage_ms": 1.0, "emulated_durations": "bimodal"},
+    ],
+)
+def test_a_window_is_checked_and_measured(changes: dict[str, Any]) -> None:
+    ready = windows(**changes)
+    try:
+        check = ready.check()
+        samples = run_steps(ready, StepClock("cpu"), 2)
+    finally:
+        ready.close()
+    assert check.passed, check
+    assert [work.units for work in samples.work] == [3 * 24] * 2
+    assert all(phases[2] > 0 for phases in samples.phase_s)
+
+
+def test_a_wrong_weight_fails_the_check() -> None:
+    ready = windows()
+    stage: Any = ready.worker.stage
+    with torch.no_grad():
+        stage.stage.layers["1"].mlp.down.weight[3, 5] += 0.5
+    try:
+        assert not ready.check().passed
+    finally:
+        ready.close()
+
+
+@pytest.mark.parametrize("changes", [{}, {"emulated_stage_ms": 1.0}])
+def test_results_of_another_ticket_fail_the_check(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = windows(**changes)
+    engine: Any = ready.engine
+    whole, kept = engine._resolve, dict[int, torch.Tensor]()
+
+    def swapped(ticket: int, result: torch.Tensor) -> None:
+        """Tickets 0 and 1 get each other's results, cut to their own size."""
+        if ticket > 1:
+            whole(ticket, result)
+            return
+        kept[ticket] = result
+        if len(kept) == 2:
+            rows = [engine._waiting[each][0].words for each in (0, 1)]
+            for each in (0, 1):
+                other = kept[1 - each]
+                whole(each, other[torch.arange(len(rows[each])) % len(other)])
+
+    monkeypatch.setattr(engine.worker, "_deliver", swapped)
+    try:
+        assert not ready.check().passed
+    finally:
+        ready.close()
+
+
+def test_the_clock_of_a_step_is_put_away_behind_it() -> None:
+    ready = windows()
+    clock = StepClock("cpu")
+    run_steps(ready, clock, 1)
+    marks = len(clock._marks)
+    ready.check()
+    ready.close()
+    assert len(clock._marks) == marks
+    assert isinstance(ready.worker._clock, Unclocked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"gpus": 4, "tp": 2}, "tp=2 x pp=1 needs 2 ranks; nodes x gpus = 4"),
+        ({"gpus": 3, "pp": 2}, "tp=1 x pp=2 needs 2 ranks; nodes x gpus = 3"),
+        ({"gpus": 8}, "4 heads and 256 MLP columns cannot be cut over tp=8"),
+        ({"gpus": 8, "pp": 8}, "4 layers cannot be split over 8"),
+        ({"gpus": 2, "emulated_stage_ms": 5.0}, "emulated stages have one rank each, not tp=2; set pp=2"),
+        ({"emulated_durations": "random"}, "emulated_durations need emulated_stage_ms > 0"),
+        ({"length": 4096, "valid": 0.5}, "has 2048 positions"),
+        ({"rows": "padded", "attention": "varlen"}, "rows=padded needs attention=padded or loop"),
+        ({"batch": 4, "valid": 0.1}, "valid=0.1 is impossible for 4 sequences of up to 12 tokens"),
+    ],
+)
+def test_what_makes_no_sense_is_said(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(SaihError, match=why):
+        spec.cost(params(**changes))
+
+
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_products_of_a_window_are_those_that_torch_counts(rows: str) -> None:
+    """Without attention, whose kernels are counted apart."""
+    model, changes = preset("gpt-tiny"), {"rows": rows, "batches": 1}
+    stage = Stage(model, attention="loop")
+    random_init(stage, 0)
+    lens = window.lengths(4, 12, 0.5)
+    meta = AttnMeta.packed(lens) if rows == "packed" else AttnMeta.padded(lens)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.inference_mode():
+        stage(torch.zeros(len(meta.positions_T), dtype=torch.int64), meta, rows=meta.last_rows)
+    products = {
+        str(name): flop for name, flop in counter.get_flop_counts()["Global"].items() if "attention" not in str(name)
+    }
+    operations = spec.cost(params(**changes)).operations
+    attention = [operation.flop for operation in operations[2::7]][: model.layers]
+    assert sum(operation.flop for operation in operations) - sum(attention) == sum(products.values())
+
+
+def test_the_bound_of_packed_rows_is_one_over_the_valid_share() -> None:
+    """Predicted less than that by what attention, which fills up in both, adds."""
+    for valid in (0.26, 0.48, 0.68, 1.0):
+        flop = [
+            sum(
+                each.flop
+                for each in spec.cost(params(model="gpt-mini", batch=16, length=128, rows=rows, valid=valid)).operations
+            )
+            for rows in ("padded", "packed")
+        ]
+        assert 0.9 / valid < flop[0] / flop[1] <= 1 / valid
+
+
+def test_what_a_user_gets_does_not_depend_on_how() -> None:
+    """Work and FLOP are those of valid tokens, shared by the ranks."""
+    one = spec.cost(params(gpus=1))
+    for changes in ({"rows": "padded"}, {"gpus": 2}, {"gpus": 2, "pp": 2}, {"handoff": "blocking"}):
+        other = spec.cost(params(**changes))
+        shares = int(changes.get("gpus", 1))
+        assert (other.work * shares, other.flop * shares) == (one.work, one.flop)
+
+
+def test_memory_of_the_largest_model_is_that_of_its_weights() -> None:
+    cost = spec.cost(params(model="gpt-175b", gpus=8, nodes=2, pp=2, precision="bf16", attention="loop"))
+    assert 175e9 * 2 / 16 < cost.device_bytes < 1.1 * 175e9 * 2 / 16

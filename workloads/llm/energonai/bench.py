@@ -1,0 +1,165 @@
+"""Run windows of batches through the engine, and compare them with one process that has the whole model."""
+
+from __future__ import annotations
+
+import datetime
+import random
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from saih.core import Check, Clock, Context, Point, Work
+from saih.timing import Unclocked
+from workloads.llm.attention import AttnMeta
+from workloads.llm.config import ModelSpec
+from workloads.llm.energonai import spec, window
+from workloads.llm.energonai.engine import Batch, Engine
+from workloads.llm.energonai.stages import ComputedStage, EmulatedStage
+from workloads.llm.energonai.worker import ENGINE, StageOfRank, Worker
+from workloads.llm.loader import random_init
+from workloads.llm.model import Stage
+from workloads.llm.shard import Mesh
+
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+CHECKED_SEQUENCES, CHECKED_TOKENS = 4, 48
+"""Of each checked batch: enough to tell batches apart, cheap for large models."""
+CHECK_DELAY_S = 0.02
+IDLE = datetime.timedelta(days=7)
+"""A rank may wait so long for a command. Ranks that die are noticed by their connections, not by this."""
+
+
+def setup(point: Point, context: Context) -> Windows:
+    """Weights on every rank, then the engine on the first and its followers."""
+    return Windows(point, context)
+
+
+class Windows:
+    """The engine and its ranks, ready for batches."""
+
+    def __init__(self, point: Point, context: Context) -> None:
+        self.params, self.device, self.seed = point.params, context.device, point.seed
+        self.shape, self.cost = spec.shape(point.params), spec.cost(point.params)
+        self.dtype = DTYPE[str(point.params["precision"])]
+        self.mesh = Mesh.make(self.shape.tp, self.shape.pp)
+        alone = self.shape.ranks == 1
+        self.control = None if alone else dist.new_group(backend="gloo", timeout=IDLE)
+        handoff = str(point.params["handoff"])
+        depth = int(point.params["buffer"]) if handoff == "nbpp" else 0
+        self.worker = Worker(self._stage(), self.mesh, self.control, depth=depth)
+        self.batches = make_batches(point, self.shape.model)
+        self.engine: Engine | None = None
+        if context.place.rank == ENGINE:
+            self.engine = Engine(self.worker, padded=self.shape.padded, blocking=handoff == "blocking")
+        else:
+            self.worker.follow()
+
+    def step(self, clock: Clock) -> Work:
+        """One window: every batch submitted, every result collected. Phases: see `Worker`."""
+        self.worker.use(clock)
+        if self.engine is None:
+            self.worker.wait_for(len(self.batches))
+        else:
+            futures = [self.engine.run(batch) for batch in self.batches]
+            for future in futures:
+                future.result()
+        self.worker.use(Unclocked())
+        moved = sum(operation.moved_bytes for operation in self.cost.operations)
+        return Work(self.cost.work, self.cost.flop, moved)
+
+    def check(self) -> Check:
+        """While commands are picked up at random, every ticket's result is that of its own batch.
+
+        With computed stages: the logits of all tokens are those of one process with the whole model, and those of
+        padded and packed rows are the same bits where kernels allow it. With emulated ones: every result shows the
+        tokens of its batch and the number of stages.
+        """
+        batches = [_first_part(batch) for batch in self.batches[: self.shape.pp + 2]]
+        batches = [batches[place % len(batches)] for place in range(max(3, self.shape.pp + 2))]
+        forms = [False, True] if self.params["attention"] in ("padded", "loop") else [False]
+        self.worker.pickup_delay_s = CHECK_DELAY_S
+        try:
+            if self.engine is None:
+                self.worker.wait_for(len(batches) * len(forms))
+                return Check(True, {}, "results are checked on the first rank")
+            runs = [[self.engine.run(batch, padded=form, every_row=True) for batch in batches] for form in forms]
+            results = [[future.result().to(self.device) for future in run] for run in runs]
+        finally:
+            self.worker.pickup_delay_s = 0.0
+        return self._verdict(batches, results)
+
+    def close(self) -> None:
+        """End all threads of all ranks, and the groups."""
+        if self.engine is not None:
+            self.engine.close()
+        self.worker.join(timeout_s=10.0)
+        if self.worker.failure:
+            return  # threads may still wait in these groups; whoever ends this process ends them
+        for group in (self.control, self.mesh.tp_group, self.mesh.pp_group):
+            if group is not None:
+                dist.destroy_process_group(group)
+
+    def _stage(self) -> StageOfRank:
+        if self.shape.emulated:
+            return EmulatedStage(self.shape.model.hidden, last=self.mesh.pp_rank == self.mesh.pp - 1)
+        stage = Stage(
+            self.shape.model,
+            self.mesh,
+            attention=str(self.params["attention"]),
+            device=self.device,
+            dtype=self.dtype,
+        )
+        random_init(stage, self.seed)
+        return ComputedStage(stage)
+
+    def _verdict(self, batches: list[Batch], results: list[list[Tensor]]) -> Check:
+        if self.shape.emulated:
+            expected = [batch.ids_T.float() + self.shape.pp for batch in batches]
+            wrong = sum(not torch.equal(x[:, 0], ids) for run in results for x, ids in zip(run, expected, strict=True))
+            return Check(wrong == 0, {"wrong_results": wrong}, f"{wrong} results are of other batches")
+        expected = self._logits_of_one_process(batches)
+        error = max(float((x - y).abs().max()) for run in results for x, y in zip(run, expected, strict=True))
+        forms = float(max((a - b).abs().max() for a, b in zip(results[0], results[-1], strict=True)))
+        allowed = 0.0 if self._same_bits() else TOLERANCE[str(self.params["precision"])]
+        numbers = {"largest_error": error, "packed_minus_padded": forms}
+        good = error <= TOLERANCE[str(self.params["precision"])] and forms <= allowed
+        return Check(good, numbers, ", ".join(f"{name} = {value:.3g}" for name, value in numbers.items()))
+
+    def _same_bits(self) -> bool:
+        """Attention pads in both forms and sums of two ranks have one order; other kernels may depend on the rows."""
+        return self.params["attention"] == "padded" and self.device == "cpu" and self.shape.tp <= 2
+
+    @torch.inference_mode()
+    def _logits_of_one_process(self, batches: list[Batch]) -> list[Tensor]:
+        """All tokens of all batches at once, packed, through the whole model; one layer is in memory at a time."""
+        model = self.shape.model
+        meta = AttnMeta.packed([n for batch in batches for n in batch.lens], device=self.device)
+        h = torch.cat([batch.ids_T for batch in batches]).to(self.device)
+        for layer in range(model.layers):
+            part = Stage(model, layers=range(layer, layer + 1), attention="loop", device=self.device, dtype=self.dtype)
+            random_init(part, self.seed)
+            h = part(h, meta)
+        return list(h.split([len(batch.ids_T) for batch in batches]))
+
+
+def make_batches(point: Point, model: ModelSpec) -> list[Batch]:
+    """The batches of a window, the same on every rank; lengths are the same in another order, tokens are random."""
+    params, seed = point.params, point.seed
+    count, mean_s = int(params["batches"]), 1e-3 * float(params["emulated_stage_ms"])
+    times_s = window.durations_s(str(params["emulated_durations"]), count, mean_s)
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} ids").getrandbits(32))  # noqa: S311
+    found = []
+    for number in range(count):
+        lens = window.shuffled_lengths(
+            int(params["batch"]), int(params["length"]), float(params["valid"]), seed, number
+        )
+        ids_T = torch.randint(model.vocab, (sum(lens),), generator=generator)
+        found.append(Batch(lens, ids_T, round(1e6 * times_s[number])))
+    return found
+
+
+def _first_part(batch: Batch) -> Batch:
+    """A small batch out of a large one: the first tokens of the first sequences."""
+    firsts = [ids[:CHECKED_TOKENS] for ids in batch.ids_T.split(list(batch.lens))[:CHECKED_SEQUENCES]]
+    return Batch(tuple(map(len, firsts)), torch.cat(firsts), batch.emulated_us)
