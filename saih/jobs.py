@@ -169,12 +169,14 @@ def refuse_other_code(folder: SweepFolder, plan: Plan, source: str) -> None:
 def prepare(plan: Plan, root: Path, command: Sequence[str], ceilings: Mapping[str, Any] | None) -> SweepFolder:
     """Write sweep.json: all that gathering and reporting need to know about what was asked."""
     folder = SweepFolder(root / plan.name)
-    write_json(folder.path / "sweep.json", describe(plan, command, ceilings))
+    write_json(folder.path / "sweep.json", describe(plan, command, ceilings, version_of(plan)))
     return folder
 
 
-def describe(plan: Plan, command: Sequence[str], ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A plan as plain data."""
+def describe(
+    plan: Plan, command: Sequence[str], ceilings: Mapping[str, Any] | None, version: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A plan as plain data, with what asked for it, the ceilings it was made with, and the `version_of` it."""
     sweep = plan.sweep
     return {
         "format": FORMAT,
@@ -187,7 +189,7 @@ def describe(plan: Plan, command: Sequence[str], ceilings: Mapping[str, Any] | N
         "time_budget_s": sweep.time_budget_s,
         "site": plan.site.model_dump(mode="json"),
         "command": list(command),
-        "version": version_of(plan),
+        "version": dict(version),
         "ceilings": ceilings,
         "points": [_planned(item) for item in plan.kept],
         "pruned": [_planned(item.forecast) | {"kind": item.kind, "reason": item.reason} for item in plan.pruned],

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from saih import jobs
+from saih import environment, jobs, workload
 from saih.core import COMMON, FORMAT, PHASES, Axis, Cost, Operation, Params, Point, Rung, Sweep
 from saih.files import write_json
 from saih.jobs import SweepFolder
@@ -95,7 +95,8 @@ def make(root: Path, scenario: Scenario, name: str = "synthetic-sweep") -> Sweep
     ]
     plan = Plan(sweep, name, scenario.site, tuple(kept), tuple(pruned))
     folder = SweepFolder(root / name)
-    described = jobs.describe(plan, scenario.command, scenario.ceilings)
+    version = environment.own_version(workload.family_folder("smoke"))
+    described = jobs.describe(plan, scenario.command, scenario.ceilings, version)
     write_json(folder.path / "sweep.json", described, durable=False)
     for point, outcome in outcomes:
         if outcome.status == "measured":
