@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from workloads.llm.attention import AttnMeta
-from workloads.llm.config import from_hf, split_layers
+from workloads.llm.config import from_hf
 from workloads.llm.kv import PagedKV
 from workloads.llm.loader import load, source_name
 from workloads.llm.model import Stage
@@ -106,8 +106,8 @@ def _chunked(pipeline: Pipeline, ids: list[Tensor], layout: str) -> Tensor:
 
 
 def _steps() -> Iterator[list[tuple[int, int]]]:
-    """[from, to) of every sequence in each step: a short prefill, a longer chunk, then one token at a time."""
-    edges = [0, 3, 9, *range(10, max(LENGTHS) + 1)]
+    """[from, to) of every sequence in each step: a short prefill, a longer chunk, two decode steps, the rest."""
+    edges = [0, 3, 9, 10, 11, max(LENGTHS)]
     for a, z in pairwise(edges):
         yield [(min(a, length), min(z, length)) for length in LENGTHS]
 
@@ -125,45 +125,44 @@ def gradients_of(pipeline: Pipeline) -> dict[str, Tensor]:
     return found
 
 
-def tensor_parallel(rank: int, port: int, folders: dict[str, str], trained: list[str], out: str) -> None:
-    """tp=2: every family x stages x backend, and the gradients of some, written by each rank."""
-    _join(rank, 2, port)
-    found, gradients = {}, {}
-    for family, folder in folders.items():
-        wanted = torch.load(Path(folder) / "logits.pt", weights_only=True)
-        for pp in STAGES:
-            for backend in BACKENDS:
-                pipeline = Pipeline(Path(folder), backend, pp, 2, dist.group.WORLD)
-                with torch.inference_mode():
-                    found[f"{family} pp={pp} {backend}"] = errors_of(pipeline, backend, wanted)
-        if family in trained:
-            gradients[family] = gradients_of(Pipeline(Path(folder), "padded", 1, 2, dist.group.WORLD))
-    (Path(out) / f"errors{rank}.json").write_text(json.dumps(found))
-    torch.save(gradients, Path(out) / f"gradients{rank}.pt")
+def four_ranks(rank: int, port: int, folders: dict[str, str], trained: list[str], out: str) -> None:
+    """tp=2 x pp=2 in four processes, once through a real grid; then each pair of ranks takes half of the families."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=4)
+    mesh = Mesh.make(2, 2)
+    with torch.inference_mode():
+        grid(mesh, folders["qwen3"], Path(out) / f"grid{rank}.json")
+    for family in list(folders)[mesh.pp_rank :: 2]:
+        tensor_parallel(mesh, family, Path(folders[family]), family in trained, Path(out))
     dist.destroy_process_group()
 
 
-def grid(rank: int, port: int, folder: str, out: str) -> None:
-    """tp=2 x pp=2 in four processes: each makes its stage from its mesh; hidden states go from stage to stage."""
-    _join(rank, 4, port)
-    mesh = Mesh.make(2, 2)
+def tensor_parallel(mesh: Mesh, family: str, folder: Path, trained: bool, out: Path) -> None:
+    """tp=2: a family in every number of stages and with every backend, and its gradients, written by each rank."""
+    found = {}
+    wanted = torch.load(folder / "logits.pt", weights_only=True)
+    for pp in STAGES:
+        for backend in BACKENDS:
+            with torch.inference_mode():
+                pipeline = Pipeline(folder, backend, pp, 2, mesh.tp_group)
+                found[f"pp={pp} {backend}"] = errors_of(pipeline, backend, wanted)
+    (out / f"{family}{mesh.tp_rank}.json").write_text(json.dumps(found))
+    if trained:
+        gradients = gradients_of(Pipeline(folder, "padded", 1, 2, mesh.tp_group))
+        torch.save(gradients, out / f"{family}{mesh.tp_rank}.pt")
+
+
+def grid(mesh: Mesh, folder: str, out: Path) -> None:
+    """Each rank makes its stage from its mesh; hidden states go from stage to stage."""
     spec = from_hf(folder)
     stage = Stage(spec, mesh)
     load(stage, folder)
     meta = AttnMeta.packed(LENGTHS, causal=spec.causal)
-    with torch.inference_mode():
-        if stage.first:
-            dist.send(stage(torch.cat(ids_of(spec.vocab)), meta), group=mesh.pp_group, group_dst=1)
-        else:
-            h_TD = torch.empty(sum(LENGTHS), spec.hidden)
-            dist.recv(h_TD, group=mesh.pp_group, group_src=0)
-            wanted = torch.load(Path(folder) / "logits.pt", weights_only=True)
-            place = [mesh.tp_rank, mesh.pp_rank, list(split_layers(spec.layers, 2)[1])]
-            (Path(out) / f"grid{rank}.json").write_text(json.dumps([_far(stage(h_TD, meta), torch.cat(wanted)), place]))
-    dist.destroy_process_group()
-
-
-def _join(rank: int, ranks: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    if stage.first:
+        dist.send(stage(torch.cat(ids_of(spec.vocab)), meta), group=mesh.pp_group, group_dst=1)
+        return
+    h_TD = torch.empty(sum(LENGTHS), spec.hidden)
+    dist.recv(h_TD, group=mesh.pp_group, group_src=0)
+    wanted = torch.load(Path(folder) / "logits.pt", weights_only=True)
+    out.write_text(json.dumps([_far(stage(h_TD, meta), torch.cat(wanted)), mesh.tp_rank, list(stage.range)]))

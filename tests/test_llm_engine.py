@@ -14,9 +14,10 @@ import torch.multiprocessing
 
 from saih.errors import SaihError
 from workloads.llm import config, loader, metrics
+from workloads.llm import worker as worker_module
 from workloads.llm.engine import Engine
 from workloads.llm.model import Stage
-from workloads.llm.request import Phase, Request, Sampling
+from workloads.llm.request import GREEDY, Phase, Request, Sampling
 from workloads.llm.scheduler import BatchPlan, FirstComeFirstServed, ServerState
 from workloads.llm.serve import Iteration
 from workloads.llm.shard import Mesh
@@ -26,6 +27,9 @@ FAMILIES = ("llama", "gpt2", "opt")
 VOCAB = 96
 LENGTHS = ((5, 9), (23, 6), (1, 12), (14, 1), (9, 10), (40, 8), (3, 7))
 """Prompt and new tokens of each request."""
+DRAWN = Sampling(1.0, 0.9, seed=3)
+CUTS = ((2, 2), (1, 4))
+"""tp and pp of four ranks."""
 
 
 def hf_config(family: str) -> Any:
@@ -61,8 +65,9 @@ def prompts() -> list[list[int]]:
     return [torch.randint(VOCAB, (prompt,), generator=generator).tolist() for prompt, _ in LENGTHS]
 
 
-def fresh_requests() -> list[Request]:
-    return [Request(n, prompt, new) for n, (prompt, (_, new)) in enumerate(zip(prompts(), LENGTHS, strict=True))]
+def fresh_requests(sampling: Sampling = GREEDY) -> list[Request]:
+    pairs = zip(prompts(), LENGTHS, strict=True)
+    return [Request(n, prompt, new, sampling=sampling) for n, (prompt, (_, new)) in enumerate(pairs)]
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +153,7 @@ def test_drawn_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, Path]) -
     worker = worker_of(checkpoints["llama"], blocks=14)
     outcomes = []
     for scheduler in (FirstComeFirstServed(512, 1), FirstComeFirstServed(16, 64)):
-        requests = fresh_requests()
-        for request in requests:
-            request.sampling = Sampling(1.0, 0.9, seed=3)
+        requests = fresh_requests(DRAWN)
         serve_all(worker, requests, scheduler)
         outcomes.append([request.generated for request in requests])
     assert outcomes[0] == outcomes[1]
@@ -206,36 +209,45 @@ def test_blocks_that_visit_the_host_change_no_token(
     assert moving.moved_blocks > 20
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_several_ranks_give_the_tokens_of_generate(
-    family: str, checkpoints: dict[str, Path], expected: dict[str, list[list[int]]], two_ranks: dict[str, Any]
+@pytest.mark.parametrize(("tp", "pp"), CUTS)
+def test_several_ranks_give_the_tokens_of_one(
+    tp: int,
+    pp: int,
+    checkpoints: dict[str, Path],
+    expected: dict[str, list[list[int]]],
+    four_ranks: dict[str, list[list[int]]],
 ) -> None:
-    for layout in ("tp=2 pp=1", "tp=1 pp=2"):
-        assert two_ranks[f"{family} {layout}"] == expected[family], layout
+    for family in FAMILIES:
+        assert four_ranks[f"{family} tp={tp} pp={pp}"] == expected[family], family
+    drawn = fresh_requests(DRAWN)
+    serve_all(worker_of(checkpoints["llama"]), drawn, FirstComeFirstServed(512, 64))
+    assert four_ranks[f"drawn tp={tp} pp={pp}"] == [request.generated for request in drawn]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def four_ranks(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder), {k: str(v) for k, v in checkpoints.items()}), nprocs=2)
-    return json.loads((folder / "tokens.json").read_text())
+    torch.multiprocessing.spawn(_rank, (folder, checkpoints), nprocs=4)
+    tokens: dict[str, list[list[int]]] = json.loads((folder / "tokens.json").read_text())
+    return tokens
 
 
-def _rank(rank: int, folder: str, checkpoints: dict[str, str]) -> None:
-    """Serves with every family and both ways to cut it; a cache so small that requests are preempted."""
+def _rank(rank: int, folder: Path, checkpoints: dict[str, Path]) -> None:
+    """Serves every family cut in every way, with a cache so small that requests are preempted."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
     tokens = {}
-    for tp, pp in ((2, 1), (1, 2)):
+    for tp, pp in CUTS:
         mesh = Mesh.make(tp, pp)
-        for family, checkpoint in checkpoints.items():
-            worker = worker_of(Path(checkpoint), mesh, blocks=14)
+        worker_module.FIRST_WORDS = 24 if pp == 2 else 1024  # so few that every step takes a second message
+        for name in (*FAMILIES, "drawn"):
+            worker = worker_of(checkpoints["llama" if name == "drawn" else name], mesh, blocks=14)
             if rank == 0:
-                requests = fresh_requests()
+                requests = fresh_requests(DRAWN if name == "drawn" else GREEDY)
                 serve_all(worker, requests, FirstComeFirstServed(16, 4))
-                tokens[f"{family} tp={tp} pp={pp}"] = [request.generated for request in requests]
+                tokens[f"{name} tp={tp} pp={pp}"] = [request.generated for request in requests]
             else:
                 worker.follow()
     if rank == 0:
-        (Path(folder) / "tokens.json").write_text(json.dumps(tokens))
+        (folder / "tokens.json").write_text(json.dumps(tokens))
     dist.destroy_process_group()

@@ -91,19 +91,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def start(function: object, ranks: int, *words: object) -> None:
+@pytest.fixture(scope="session")
+def ranks(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes found, all cases in one start."""
+    out = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(function, (port, *words), nprocs=ranks)
-
-
-@pytest.fixture(scope="session")
-def two_ranks(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two tensor-parallel ranks found, all cases in one start."""
-    out = tmp_path_factory.mktemp("tp2")
     folders = {family: str(folder) for family, folder in checkpoints.items()}
-    start(llm_ranks.tensor_parallel, 2, folders, TRAINED, str(out))
+    mp.spawn(llm_ranks.four_ranks, (port, folders, TRAINED, str(out)), nprocs=4)
     return out
 
 
@@ -121,17 +117,16 @@ def test_logits_are_those_of_transformers(checkpoints: dict[str, Path], family: 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pp", STAGES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_so_they_are_on_two_tensor_parallel_ranks(two_ranks: Path, family: str, pp: int, backend: str) -> None:
+def test_so_they_are_on_two_tensor_parallel_ranks(ranks: Path, family: str, pp: int, backend: str) -> None:
     for rank in range(2):
-        found = json.loads((two_ranks / f"errors{rank}.json").read_text())[f"{family} pp={pp} {backend}"]
+        found = json.loads((ranks / f"{family}{rank}.json").read_text())[f"pp={pp} {backend}"]
         assert max(found.values()) < 1e-4, found
 
 
-def test_a_grid_of_processes_finds_its_places(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    start(llm_ranks.grid, 4, str(checkpoints["qwen3"]), str(tmp_path))
-    found = [json.loads((tmp_path / f"grid{rank}.json").read_text()) for rank in (2, 3)]
-    assert [place for _, place in found] == [[0, 1, [3, 4]], [1, 1, [3, 4]]]
-    assert all(error < 1e-4 for error, _ in found)
+def test_a_grid_of_processes_finds_its_places(ranks: Path) -> None:
+    found = [json.loads((ranks / f"grid{rank}.json").read_text()) for rank in (2, 3)]
+    assert [place for _, *place in found] == [[0, [3, 4]], [1, [3, 4]]]
+    assert all(error < 1e-4 for error, *_ in found)
 
 
 @pytest.mark.parametrize("pp", [1, 2])
@@ -141,8 +136,8 @@ def test_gradients_are_those_of_transformers(checkpoints: dict[str, Path], famil
 
 
 @pytest.mark.parametrize("family", TRAINED)
-def test_so_they_are_on_two_ranks(checkpoints: dict[str, Path], two_ranks: Path, family: str) -> None:
-    parts = [torch.load(two_ranks / f"gradients{rank}.pt", weights_only=True)[family] for rank in range(2)]
+def test_so_gradients_are_on_two_ranks(checkpoints: dict[str, Path], ranks: Path, family: str) -> None:
+    parts = [torch.load(ranks / f"{family}{rank}.pt", weights_only=True) for rank in range(2)]
     whole = {}
     for name, first in parts[0].items():
         cut = not torch.equal(first, parts[1][name])

@@ -133,6 +133,17 @@ def test_a_long_prompt_runs_in_chunks_beside_decodes() -> None:
     assert loads == [Load(0, 0, 0, 8), Load(1, 4, 4, 7), Load(1, 5, 5, 7), Load(2, 26, 20, 0)]
 
 
+def test_a_prompt_of_one_token_is_no_decode() -> None:
+    plan = BatchPlan([Request(0, range(1), 3), Request(1, range(1), 3, generated=[0], computed=1)], [1, 1])
+    assert plan.load() == Load(1, 2, 2, 1)
+
+
+def test_requests_are_served_as_they_arrive_not_as_they_are_listed() -> None:
+    requests = [Request(0, range(1), 1, arrival_s=5.0), Request(1, range(1), 1, arrival_s=1.0)]
+    simulate(requests, FirstComeFirstServed(1, 1), ServerState(BlockAllocator(1, 1)), lambda plan: 1.0)
+    assert [request.token_s for request in requests] == [[6.0], [2.0]]
+
+
 def test_a_stop_token_ends_a_request() -> None:
     request = Request(0, range(2), 10, stop_token=5)
     assert [request.emit(4, 0.0), request.emit(5, 1.0)] == [False, True]

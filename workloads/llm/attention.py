@@ -40,20 +40,21 @@ class AttnMeta:
     """Keys each sequence may attend to, those of this step included."""
     starts: tuple[int, ...]
     causal: bool
-    positions_T: Tensor
-    """int64: place of each row in its sequence."""
     cu_q: Tensor
     """int32 [B+1]"""
     cu_k: Tensor
     """int32 [B+1]: first key of each sequence among the keys that attention gets packed."""
     kv_lens_B: Tensor
     """int32: kv_lens, on the device."""
+    positions_T: Tensor
+    """int64: place of each row in its sequence."""
+    last_rows: Tensor
+    """int64 [B]: the row of the last token of each sequence."""
     block_table_BN: Tensor | None = None
-    """int32: cache blocks of each sequence in order, filled up with 0. None: there is no cache in this step."""
+    """int64: cache blocks of each sequence in order, filled up with 0. None: there is no cache in this step."""
+    block_size: int = 0
     slots_T: Tensor | None = None
     """int64: cache slot that each row's key and value go to."""
-    slots_K: Tensor | None = None
-    """int64: cache slots of all keys of all sequences, packed."""
 
     @classmethod
     def packed(
@@ -73,31 +74,20 @@ class AttnMeta:
         query_lens=[1, ...] with starts=lengths so far.
         Raises SaihError for an empty batch, an empty sequence, `starts` without a cache, too few blocks.
         """
-        begins = tuple(starts) if starts is not None else (0,) * len(query_lens)
-        _check(query_lens, begins, block_tables, block_size)
-        lens = tuple(query_lens)
+        lens, begins = tuple(query_lens), tuple(starts) if starts is not None else (0,) * len(query_lens)
+        _check(lens, begins, block_tables, block_size)
         kv_lens = tuple(start + length for start, length in zip(begins, lens, strict=True))
-        positions_T = torch.cat([torch.arange(a, b) for a, b in zip(begins, kv_lens, strict=True)])
-        table_BN = slots_T = slots_K = None
+        cu_q, cu_k = _edges(lens, device), _edges(kv_lens, device)
+        sequence_T, place_T = _places(lens, cu_q)
+        positions_T = place_T + _on(begins, device)[sequence_T]
+        table_BN = slots_T = None
         if block_tables is not None:
-            rows = [torch.tensor(row, dtype=torch.int32) for row in block_tables]
-            table_BN = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            slots = [_slots(row, length, block_size) for row, length in zip(rows, kv_lens, strict=True)]
-            slots_K = torch.cat(slots).to(device)
-            slots_T = torch.cat([each[start:] for each, start in zip(slots, begins, strict=True)]).to(device)
-            table_BN = table_BN.to(device)
+            widest = max(map(len, block_tables))
+            table_BN = _on([[*blocks, *[0] * (widest - len(blocks))] for blocks in block_tables], device)
+            slots_T = _slots(table_BN, block_size, sequence_T, positions_T)
+        kv_lens_B, last_rows = cu_k.diff(), cu_q[1:].long() - 1
         return cls(
-            lens,
-            kv_lens,
-            begins,
-            causal,
-            positions_T.to(device),
-            _cumulated(lens, device),
-            _cumulated(kv_lens, device),
-            torch.tensor(kv_lens, dtype=torch.int32, device=device),
-            table_BN,
-            slots_T,
-            slots_K,
+            lens, kv_lens, begins, causal, cu_q, cu_k, kv_lens_B, positions_T, last_rows, table_BN, block_size, slots_T
         )
 
     @classmethod
@@ -106,12 +96,13 @@ class AttnMeta:
 
         Rows b*max(lens) : b*max(lens)+lens[b] are valid; nothing valid attends to rubbish. No cache.
         """
-        _check(lens, (0,) * len(lens), None, 0)
+        starts = (0,) * len(lens)
+        _check(lens, starts, None, 0)
         rows = (max(lens),) * len(lens)
-        edges = _cumulated(rows, device)
-        positions_T = torch.arange(max(lens), device=device).repeat(len(lens))
-        kv_lens = torch.tensor(lens, dtype=torch.int32, device=device)
-        return cls(rows, tuple(lens), (0,) * len(lens), causal, positions_T, edges, edges, kv_lens)
+        edges, kv_lens_B = _edges(rows, device), _on(lens, device, torch.int32)
+        _, place_T = _places(rows, edges)
+        last_rows = edges[:-1].long() + kv_lens_B - 1
+        return cls(rows, tuple(lens), starts, causal, edges, edges, kv_lens_B, place_T, last_rows)
 
     @property
     def decode(self) -> bool:
@@ -123,25 +114,29 @@ class AttnMeta:
         """Whether no sequence has earlier tokens: this step's keys are all there are."""
         return not any(self.starts)
 
-    @property
+    @cached_property
     def key_rows(self) -> tuple[int, ...]:
         """Rows of each sequence among the packed keys; more than kv_lens in the padded form."""
         return tuple(start + length for start, length in zip(self.starts, self.query_lens, strict=True))
 
     @cached_property
-    def last_rows(self) -> Tensor:
-        """int64 [B]: the row of the last token of each sequence."""
-        return (self.cu_q[:-1] + self.kv_lens_B - 1).long() - torch.tensor(self.starts, device=self.cu_q.device)
+    def slots_K(self) -> Tensor:  # noqa: N802
+        """int64: cache slots of all keys of all sequences, packed. Only with block tables."""
+        if self.block_table_BN is None:
+            raise SaihError("a step without block tables has no cache slots")
+        return _slots(self.block_table_BN, self.block_size, *_places(self.key_rows, self.cu_k))
 
     @cached_property
     def padded_rows_T(self) -> Tensor:  # noqa: N802
         """int64: where each packed row stands in [B * Q]."""
-        return _padded_rows(self.query_lens, self.cu_q.device)
+        sequence_T, place_T = _places(self.query_lens, self.cu_q)
+        return sequence_T * max(self.query_lens) + place_T
 
     @cached_property
     def padded_rows_K(self) -> Tensor:  # noqa: N802
         """int64: where each packed key stands in [B * L]."""
-        return _padded_rows(self.key_rows, self.cu_q.device)
+        sequence_K, place_K = _places(self.key_rows, self.cu_k)
+        return sequence_K * max(self.key_rows) + place_K
 
     @cached_property
     def mask_B1QL(self) -> Tensor:  # noqa: N802
@@ -150,8 +145,7 @@ class AttnMeta:
         key_L, query_Q = (torch.arange(max(rows), device=device) for rows in (self.key_rows, self.query_lens))
         seen = key_L < self.kv_lens_B[:, None, None, None]
         if self.causal:
-            starts_B = torch.tensor(self.starts, device=device)
-            seen = seen & (key_L <= (starts_B[:, None] + query_Q)[:, None, :, None])
+            seen = seen & (key_L <= (_on(self.starts, device)[:, None] + query_Q)[:, None, :, None])
         return seen.expand(-1, -1, len(query_Q), -1)
 
 
@@ -175,19 +169,23 @@ def _check(lens: Sequence[int], starts: Sequence[int], tables: Sequence[Sequence
             )
 
 
-def _cumulated(lens: Sequence[int], device: torch.device | str) -> Tensor:
-    return torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=device)
+def _on(numbers: Sequence[Any], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-def _slots(blocks_N: Tensor, length: int, block_size: int) -> Tensor:
-    """The cache slots of a sequence's first tokens."""
-    place = torch.arange(length)
-    return blocks_N[place // block_size].long() * block_size + place % block_size
+def _edges(lens: Sequence[int], device: torch.device | str) -> Tensor:
+    return _on([0, *accumulate(lens)], device, torch.int32)
 
 
-def _padded_rows(lens: Sequence[int], device: torch.device) -> Tensor:
-    longest = max(lens)
-    return torch.cat([torch.arange(b * longest, b * longest + length) for b, length in enumerate(lens)]).to(device)
+def _places(lens: Sequence[int], edges: Tensor) -> tuple[Tensor, Tensor]:
+    """The sequence of every packed row and its place there, computed where `edges` is without waiting for it."""
+    rows = sum(lens)
+    sequence_T = torch.repeat_interleave(edges.diff(), output_size=rows)
+    return sequence_T, torch.arange(rows, device=edges.device) - edges[sequence_T]
+
+
+def _slots(table_BN: Tensor, block_size: int, sequence_T: Tensor, position_T: Tensor) -> Tensor:
+    return table_BN[sequence_T, position_T // block_size] * block_size + position_T % block_size
 
 
 # -- Kernels over packed keys ------------------------------------------------------------------------------------------
@@ -272,7 +270,7 @@ class Backend:
         self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, meta: AttnMeta, kv: PagedKV | None, layer: int
     ) -> Tensor:
         """Attention of this step's rows; with a cache, their keys and values are stored first."""
-        if meta.slots_T is None or meta.slots_K is None or meta.block_table_BN is None:
+        if meta.slots_T is None or meta.block_table_BN is None:
             return self.kernel(q_THd, k_TGd, v_TGd, meta)
         if kv is None:
             raise SaihError("this step has block tables but no KV cache was given")

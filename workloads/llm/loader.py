@@ -206,9 +206,14 @@ def _uniform(counter: Tensor, key: int) -> Tensor:
     """
     bits = (counter * _signed(0x9E3779B97F4A7C15)).add_(key)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits = bits.bitwise_xor_(bits >> shift).mul_(_signed(factor))
-    bits = bits.bitwise_xor_(bits >> 31)
+        bits = bits.bitwise_xor_(_shifted(bits, shift)).mul_(_signed(factor))
+    bits = bits.bitwise_xor_(_shifted(bits, 31))
     return (bits >> 40).float().add_(0.5).mul_(2.0**-23)
+
+
+def _shifted(bits: Tensor, places: int) -> Tensor:
+    """To the right, zeros coming in: int64 would bring in copies of its sign."""
+    return (bits >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 
 def _signed(word: int) -> int:

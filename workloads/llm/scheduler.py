@@ -156,7 +156,8 @@ class FirstComeFirstServed:
 
     A request is let in once its whole context has blocks. When a running one needs a block and none is free, the newest
     gives up all of its own and is recomputed later. So those running are always the oldest, and the oldest always
-    gets on: it fits by itself, or it would have been refused.
+    gets on: it fits by itself, or it would have been refused. Nobody comes back in the step that preempted it: the
+    blocks it left are fewer than it needs.
 
     Attributes:
         max_tokens: most tokens in one batch; a longer prompt runs in chunks.
@@ -176,8 +177,7 @@ class FirstComeFirstServed:
     def next_batch(self, state: ServerState) -> BatchPlan | None:
         plan = BatchPlan()
         budget = self._continue_running(state, plan)
-        if not plan.evicted:
-            self._admit_waiting(state, plan, budget)
+        self._admit_waiting(state, plan, budget)
         return plan if plan.requests else None
 
     def _continue_running(self, state: ServerState, plan: BatchPlan) -> int:

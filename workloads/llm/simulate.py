@@ -36,8 +36,7 @@ class SimulatedExecutor:
         self._flying.append((ready_s, len(plan.sampled())))
 
     def collect(self) -> list[int]:
-        end_s, sampled = self._flying.popleft()
-        self._now_s = max(self._now_s, end_s)
+        self._now_s, sampled = self._flying.popleft()
         return [0] * sampled
 
 
