@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saih.analysis.cells import copy_rate, job_steps, memory_bound, labels_of, peaks, per_cell, per_point
+from saih.analysis.cells import copy_rate, job_steps, labels_of, memory_bound, peaks, per_cell, per_point
 from saih.analysis.intervals import BETWEEN, WITHIN
 from saih.core import PHASES
 
