@@ -38,7 +38,11 @@ PARAMETERS = (
     Parameter("prompt_tokens", 128, "tokens", "of each request, or on average", minimum=1),
     Parameter("new_tokens", 48, "tokens", "of each request, or on average", minimum=1),
     Parameter(
-        "lengths", "even", "", "even: all alike; mixed: uniform from 1 to twice the average", choices=("even", "mixed")
+        "lengths",
+        "even",
+        "",
+        "even: all alike; mixed: uniform, from a quarter of the average to 7/4 of it",
+        choices=("even", "mixed"),
     ),
     Parameter(
         "trace", "", "", "CSV file with lengths, ours or Azure's, instead of the four above; arrivals are ignored"
@@ -106,7 +110,9 @@ def rows(params: Params, seed: int) -> list[TraceRow]:
     if params["trace"]:
         return [row._replace(arrival_s=0.0) for row in read_csv(Path(str(params["trace"])))]
     means = int(params["prompt_tokens"]), int(params["new_tokens"])
-    prompt, new = (constant(n) if params["lengths"] == "even" else uniform(1, 2 * n - 1) for n in means)
+    prompt, new = (
+        constant(n) if params["lengths"] == "even" else uniform(n - 3 * n // 4, n + 3 * n // 4) for n in means
+    )
     return synthetic(int(params["requests"]), float("inf"), (prompt, new), seed)
 
 
