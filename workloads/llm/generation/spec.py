@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan, FirstComeFirstServed, ServerState
 from workloads.llm.simulate import simulate
 from workloads.llm.stepcost import Batch
-from workloads.llm.trace import TraceRow, constant, read_csv, synthetic, to_requests, uniform
+from workloads.llm.trace_csv import TraceRow, read_csv
 
 TITLE = "Text generation: prefill, decode and continuous batching, beside engines that people use"
 PAPER = (
@@ -26,6 +27,10 @@ ENGINES = ("saih", "hf-generate", "hf-continuous", "ctranslate2")
 TASKS = ("serve", "prefill", "decode")
 WORD = {"fp32": 4, "bf16": 2}
 LARGEST_BLOCK = 512
+RANDOM_PER_S = 2e7
+"""Random weights made per second on one core, once for the engine and once for the check."""
+PEER_SETUP_S = 8.0
+"""To import a peer and to give it its weights, on one core; a careful figure for planning."""
 CAUSAL = tuple(name for name, spec in config.PRESETS.items() if spec.causal)
 
 PARAMETERS = (
@@ -41,7 +46,7 @@ PARAMETERS = (
         "lengths",
         "even",
         "",
-        "even: all alike; mixed: uniform, from a quarter of the average to 7/4 of it",
+        "even: all alike; mixed: evenly spread from a quarter of the average to 7/4",
         choices=("even", "mixed"),
     ),
     Parameter(
@@ -109,11 +114,17 @@ def rows(params: Params, seed: int) -> list[TraceRow]:
     """The lengths of the trace; for prefill and decode all are even."""
     if params["trace"]:
         return [row._replace(arrival_s=0.0) for row in read_csv(Path(str(params["trace"])))]
-    means = int(params["prompt_tokens"]), int(params["new_tokens"])
-    prompt, new = (
-        constant(n) if params["lengths"] == "even" else uniform(n - 3 * n // 4, n + 3 * n // 4) for n in means
-    )
-    return synthetic(int(params["requests"]), float("inf"), (prompt, new), seed)
+    prompts, outputs = (_lengths(params, name, seed) for name in ("prompt_tokens", "new_tokens"))
+    return [TraceRow(0.0, prompt, new) for prompt, new in zip(prompts, outputs, strict=True)]
+
+
+def _lengths(params: Params, name: str, seed: int) -> list[int]:
+    """All alike; or evenly spaced from a quarter of the average to 7/4 of it, in random order."""
+    count, mean = int(params["requests"]), int(params[name])
+    reach = 3 * mean // 4 if params["lengths"] == "mixed" and count > 1 else 0
+    lengths = [mean - reach + round(2 * reach * place / max(1, count - 1)) for place in range(count)]
+    random.Random(f"{seed} {name}").shuffle(lengths)  # noqa: S311
+    return lengths
 
 
 def block_size(params: Params, trace: tuple[TraceRow, ...] | list[TraceRow], device: str) -> int:
@@ -151,7 +162,7 @@ def batches(params: Params, seed: int = 0) -> list[Batch]:
 
     size = block_size(params, trace, "cpu")
     state = ServerState(BlockAllocator(blocks(params, trace, size), size), spec.max_positions)
-    requests = to_requests(trace)
+    requests = [Request(number, range(row.prompt_tokens), row.new_tokens) for number, row in enumerate(trace)]
     simulate(requests, scheduler(params), state, note)
     _refuse(requests)
     return found
@@ -187,7 +198,8 @@ def _cost(items: tuple[tuple[str, bool | int | float | str], ...]) -> Cost:
         operations=tuple(each for batch in found for each in _operations(spec, batch, word)),
         parameters=stepcost.parameters(spec),
         device_bytes=3.0 * weights + cache + 2 * stepcost.activation_bytes(spec, busiest, word),
-        check_steps=2,
+        setup_s=PEER_SETUP_S * (params["engine"] != "saih") + 2 * stepcost.parameters(spec) / RANDOM_PER_S,
+        check_steps=3,
     )
 
 
