@@ -149,8 +149,10 @@ def tensor_parallel(mesh: Mesh, family: str, folder: Path, trained: bool, out: P
                 found[f"pp={pp} {backend}"] = errors_of(pipeline, backend, wanted)
     (out / f"{family}{mesh.tp_rank}.json").write_text(json.dumps(found))
     if trained:
-        gradients = gradients_of(Pipeline(folder, "padded", 1, 2, mesh.tp_group))
-        torch.save(gradients, out / f"{family}{mesh.tp_rank}.pt")
+        pipeline = Pipeline(folder, "padded", 1, 2, mesh.tp_group)
+        pieces = pipeline.stages[0].pieces()
+        cut = [source_name(pipeline.spec, piece.name) for piece in pieces if piece.target.shape != piece.shape]
+        torch.save([gradients_of(pipeline), cut], out / f"{family}{mesh.tp_rank}.pt")
 
 
 def grid(mesh: Mesh, folder: str, out: Path) -> None:

@@ -159,13 +159,34 @@ def test_drawn_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, Path]) -
     assert outcomes[0] == outcomes[1]
 
 
+class NewestFirst(FirstComeFirstServed):
+    """The same batches with their requests turned round, so that one without a token stands before those with one."""
+
+    def next_batch(self, state: ServerState) -> BatchPlan | None:
+        plan = super().next_batch(state)
+        return plan and BatchPlan(plan.requests[::-1], plan.tokens[::-1])
+
+
+def test_the_order_within_a_batch_changes_nothing(checkpoints: dict[str, Path]) -> None:
+    worker = worker_of(checkpoints["gpt2"])
+    outcomes = []
+    for scheduler in (FirstComeFirstServed(9, 64), NewestFirst(9, 64)):
+        requests = [*fresh_requests(), *fresh_requests(DRAWN)]
+        for number, request in enumerate(requests):
+            request.id = number
+        serve_all(worker, requests, scheduler)
+        outcomes.append([request.generated for request in requests])
+    assert outcomes[0] == outcomes[1]
+
+
 def test_requests_that_cannot_be_served_end_refused_and_others_go_on(
     checkpoints: dict[str, Path], expected: dict[str, list[list[int]]]
 ) -> None:
-    requests = [*fresh_requests(), Request(98, [1] * 60, 6), Request(99, [1] * 30, 30)]
-    serve_all(worker_of(checkpoints["gpt2"], blocks=12), requests, FirstComeFirstServed(64, 8))
+    requests = [*fresh_requests(), Request(98, [1] * 60, 6), Request(99, [1] * 60, 30)]
+    serve_all(worker_of(checkpoints["gpt2"], blocks=20), requests, FirstComeFirstServed(64, 8))
     assert [request.phase for request in requests[-2:]] == [Phase.REFUSED] * 2
-    assert "exceed the KV cache, which holds 48 tokens" in requests[-1].refusal
+    assert "exceed the model's 64 positions" in requests[-2].refusal
+    assert "exceed the KV cache, which holds 80 tokens" in requests[-1].refusal
     assert [request.generated for request in requests[:-2]] == expected["gpt2"]
     with pytest.raises(SaihError, match=f"request 0: its prompt has tokens outside the vocabulary of {VOCAB}"):
         serve_all(worker_of(checkpoints["gpt2"]), [Request(0, [VOCAB], 1)], FirstComeFirstServed(64, 8))

@@ -137,12 +137,12 @@ def test_gradients_are_those_of_transformers(checkpoints: dict[str, Path], famil
 
 @pytest.mark.parametrize("family", TRAINED)
 def test_so_gradients_are_on_two_ranks(checkpoints: dict[str, Path], ranks: Path, family: str) -> None:
-    parts = [torch.load(ranks / f"{family}{rank}.pt", weights_only=True) for rank in range(2)]
-    whole = {}
-    for name, first in parts[0].items():
-        cut = not torch.equal(first, parts[1][name])
-        whole[name] = first + parts[1][name] if cut else first
-    compare_gradients(checkpoints[family], whole)
+    """Each rank has the gradients of its slices, and whole ones of what is not cut."""
+    (one, cut), (other, _) = (torch.load(ranks / f"{family}{rank}.pt", weights_only=True) for rank in range(2))
+    assert cut
+    for mine, theirs in ((one, other), (other, one)):
+        joined = {name: mine[name] + theirs[name] if name in cut else mine[name] for name in mine}
+        compare_gradients(checkpoints[family], joined)
 
 
 def compare_gradients(folder: Path, found: dict[str, torch.Tensor]) -> None:

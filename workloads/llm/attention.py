@@ -221,7 +221,7 @@ def _pad(x_THd: Tensor, lens: Sequence[int], rows_T: Tensor) -> Tensor:
     """[T, H, d] -> [B, H, longest, d] with zeros behind the shorter sequences; a view if there are none."""
     size = len(lens) * max(lens)
     if len(x_THd) != size:
-        x_THd = x_THd.new_zeros(size, *x_THd.shape[1:]).index_copy(0, rows_T, x_THd)
+        x_THd = x_THd.new_zeros(size, *x_THd.shape[1:]).index_copy_(0, rows_T, x_THd)
     return x_THd.view(len(lens), -1, *x_THd.shape[1:]).transpose(1, 2)
 
 

@@ -21,7 +21,8 @@ class Engine:
         with Engine(Worker(stage, stage.new_kv(blocks)), scheduler) as engine:
             for request, token in engine.stream(requests): ...
 
-    Leaving lets the followers return. `state` holds the queues and blocks; `state.cancel(request)` ends a request.
+    Leaving lets the followers return; after an error here they fail when this process ends. `state` holds the queues
+    and blocks; `state.cancel(request)` ends a request.
     """
 
     def __init__(self, worker: Worker, scheduler: Scheduler) -> None:
@@ -73,5 +74,6 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.worker.send_step(STOP)
-        self.worker.wait()
+        if error is None:  # else followers may be in the middle of a step, and see this process end
+            self.worker.send_step(STOP)
+            self.worker.wait()
