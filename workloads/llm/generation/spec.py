@@ -65,7 +65,11 @@ AXES = (
         "data",
         "requests x prompt tokens",
         tuple(
-            Rung(f"{requests}x{prompt}", {"requests": requests, "prompt_tokens": prompt}, requests * prompt)
+            Rung(
+                f"{requests}x{prompt}",
+                {"requests": requests, "prompt_tokens": prompt, "max_requests": max(16, min(requests, 64))},
+                requests * prompt,
+            )
             for requests, prompt in ((1, 128), (4, 128), (16, 128), (16, 512), (64, 512), (256, 1024))
         ),
     ),
