@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saih.analysis.cells import job_steps, labels_of, peaks, per_cell, per_point
+from saih.analysis.cells import copy_rate, job_steps, labels_of, memory_bound, peaks, per_cell, per_point
 from saih.analysis.intervals import BETWEEN, WITHIN
 from saih.core import PHASES
 
@@ -87,6 +87,20 @@ def test_a_missing_ceiling_is_missing_not_zero(ceilings: object) -> None:
     assert np.isnan(row["percent_of_datasheet"])
     assert row["flop_per_s"] == pytest.approx(40)
     assert np.isnan(peaks(sweep, "fp32")).all()
+
+
+def test_bytes_stand_beside_the_measured_copy_and_say_what_binds() -> None:
+    points = make_points({"cell": "a"}, {"cell": "b"}, {"cell": "c"})
+    others = [ONE_STEP.assign(point=1, moved_bytes=2.0), ONE_STEP.assign(point=2, moved_bytes=0.0)]
+    samples = pd.concat([ONE_STEP, *others], ignore_index=True)
+    sweep = SWEEP | {"ceilings": {"rates": {"fp32": 100.0, "copy": 32.0}}}
+    table = per_cell(points, job_steps(points, samples), sweep)
+    assert table["bytes_per_s"].tolist() == pytest.approx([16.0, 4.0, np.nan], nan_ok=True)
+    assert table["percent_of_copy"].tolist() == pytest.approx([50.0, 12.5, np.nan], nan_ok=True)
+    assert table["percent_of_peak"].tolist() == pytest.approx([40.0] * 3)
+    assert memory_bound(table).tolist() == [True, False, False]
+    assert per_point(points, job_steps(points, samples), sweep)["percent_of_copy"].tolist()[0] == pytest.approx(50.0)
+    assert np.isnan(copy_rate({"ceilings": None}))
 
 
 def test_each_precision_has_its_own_peak() -> None:

@@ -65,7 +65,7 @@ def test_packed_rows_attend_within_their_sequence(kernel: str, lens: list[int], 
 @settings(max_examples=25)
 @given(
     steps=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6)), min_size=1, max_size=4),
-    block_size=st.sampled_from([1, 3, 4]),
+    block_size=st.sampled_from([1, 3, 4, 16]),
 )
 @example(steps=[(4, 1), (0, 1), (9, 1)], block_size=4)
 def test_rows_that_go_on_attend_to_the_cache(

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saih.errors import SaihError
-from workloads.llm import trace
-from workloads.llm.trace import TraceRow
+from workloads.llm import trace, trace_csv
+from workloads.llm.trace_csv import TraceRow
 
 SHORT = (trace.uniform(1, 9), trace.constant(3))
 
@@ -76,9 +76,9 @@ ROWS = st.builds(TraceRow, st.floats(0, 1e6), st.integers(1, 10**6), st.integers
 @given(rows=st.lists(ROWS, min_size=1, max_size=20))
 def test_a_file_gives_back_the_same_numbers(rows: list[TraceRow], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("trace") / "a.csv"
-    trace.write_csv(path, rows)
-    assert trace.read_csv(path) == sorted(rows, key=lambda row: row.arrival_s)
-    assert len(trace.read_csv(path, limit=1)) == 1
+    trace_csv.write_csv(path, rows)
+    assert trace_csv.read_csv(path) == sorted(rows, key=lambda row: row.arrival_s)
+    assert len(trace_csv.read_csv(path, limit=1)) == 1
 
 
 AZURE = "\ufeffTIMESTAMP,ContextTokens,GeneratedTokens\r\n"
@@ -88,9 +88,9 @@ def test_the_azure_formats(tmp_path: Path) -> None:
     """Seven decimals as in 2023, a zone as in 2024, rows out of order, a byte order mark, Windows line ends."""
     path = tmp_path / "azure.csv"
     path.write_text(AZURE + "2023-11-16 18:15:50.9518630,396,109\r\n2023-11-16 18:15:46.6805900,374,44\r\n")
-    assert trace.read_csv(path) == [TraceRow(0.0, 374, 44), TraceRow(pytest.approx(4.271273), 396, 109)]
+    assert trace_csv.read_csv(path) == [TraceRow(0.0, 374, 44), TraceRow(pytest.approx(4.271273), 396, 109)]
     path.write_text(AZURE + "2024-05-10 23:59:59.5+00:00,1,2\n2024-05-11 00:00:00+00:00,3,4\n")
-    assert trace.read_csv(path) == [TraceRow(0.0, 1, 2), TraceRow(0.5, 3, 4)]
+    assert trace_csv.read_csv(path) == [TraceRow(0.0, 1, 2), TraceRow(0.5, 3, 4)]
 
 
 @pytest.mark.parametrize(
@@ -110,15 +110,15 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path, text: str, why: str
     path = tmp_path / "bad.csv"
     path.write_text(text)
     with pytest.raises(SaihError, match=why):
-        trace.read_csv(path)
+        trace_csv.read_csv(path)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(SaihError, match=r"cannot read the trace .*absent.csv: .*No such file"):
-        trace.read_csv(tmp_path / "absent.csv")
+        trace_csv.read_csv(tmp_path / "absent.csv")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SaihError, match=r"cannot read the trace .*binary.csv"):
-        trace.read_csv(tmp_path / "binary.csv")
+        trace_csv.read_csv(tmp_path / "binary.csv")
 
 
 def test_requests_of_a_trace() -> None:

@@ -10,7 +10,10 @@ import pandas as pd
 from saih.analysis.intervals import step_intervals
 from saih.core import PHASES
 
-RATES = ("flop_per_s", "work_per_s", "work_per_s_per_rank", "percent_of_peak", "percent_of_datasheet")
+RATES = (
+    *("flop_per_s", "bytes_per_s", "work_per_s", "work_per_s_per_rank"),
+    *("percent_of_peak", "percent_of_datasheet", "percent_of_copy"),
+)
 
 
 def labels_of(points: pd.DataFrame) -> list[str]:
@@ -36,7 +39,7 @@ def job_steps(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
 def per_point(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
     """One row a measured point (one repeat), indexed like `points`: median step time and the rates that follow."""
     grouped = steps.groupby("point", sort=False)
-    table = grouped[["step_s", "units", "flop"]].median()
+    table = grouped[["step_s", "units", "flop", "moved_bytes"]].median()
     columns = ["cell", "repeat", "ranks", *(f"label_{axis}" for axis in labels_of(points))]
     table = table.join(points.reindex(columns=columns))  # no point has ranks where none was measured
     return _with_rates(table.join(_precision(points)), sweep)
@@ -65,19 +68,32 @@ def peaks(sweep: Mapping[str, Any], precision: str) -> tuple[float, float]:
     return float(measured or "nan"), float(sheet or "nan")
 
 
+def copy_rate(sweep: Mapping[str, Any]) -> float:
+    """Bytes/s of the measured memory copy of one device; NaN where unknown."""
+    return float(((sweep.get("ceilings") or {}).get("rates") or {}).get("copy") or "nan")
+
+
+def memory_bound(cells: pd.DataFrame) -> pd.Series:
+    """Whether the bytes of a step take longer than its FLOP, each at the measured ceiling (Williams et al. 2009)."""
+    return cells["percent_of_copy"] > cells["percent_of_peak"].fillna(0.0)
+
+
 def _with_rates(table: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
     known = {precision: peaks(sweep, precision) for precision in table["precision"].unique()}
     measured = table["precision"].map(lambda name: known[name][0]).astype(float)
     sheet = table["precision"].map(lambda name: known[name][1]).astype(float)
     flop_per_s = table["flop"] / table["step_s"]
+    bytes_per_s = table["moved_bytes"] / table["step_s"]
     per_rank = flop_per_s / table["ranks"]
-    computes = table["flop"] > 0
+    computes, moves = table["flop"] > 0, table["moved_bytes"] > 0
     return table.assign(
         flop_per_s=flop_per_s,
+        bytes_per_s=bytes_per_s.where(moves),
         work_per_s=table["units"] / table["step_s"],
         work_per_s_per_rank=table["units"] / table["step_s"] / table["ranks"],
         percent_of_peak=(100 * per_rank / measured).where(computes),
         percent_of_datasheet=(100 * per_rank / sheet).where(computes),
+        percent_of_copy=(100 * bytes_per_s / table["ranks"] / copy_rate(sweep)).where(moves),
     )
 
 

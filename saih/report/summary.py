@@ -10,7 +10,7 @@ import pandas as pd
 
 from saih.analysis import numbers
 from saih.analysis.ceilings import find_ceilings
-from saih.analysis.cells import peaks
+from saih.analysis.cells import copy_rate, memory_bound, peaks
 from saih.probe import WORKLOAD as CEILINGS
 from saih.report.results import PERCENTAGES, Results
 from saih.report.tables import counts
@@ -149,7 +149,11 @@ def _ranges(results: Results, cells: pd.DataFrame) -> list[Range]:
     """% against each denominator that is known anywhere; else the work per second."""
     columns = {column: f"of {name}" for column, name in results.denominators.items() if _is_known(results, column)}
     columns = columns or {"work_per_s": f"{results.work_unit}/s"}
-    return [_range(results, cells, column, of) for column, of in columns.items() if cells[column].notna().any()]
+    found = [_range(results, cells, column, of) for column, of in columns.items() if cells[column].notna().any()]
+    bound = cells[memory_bound(cells)]
+    if not bound.empty:
+        found.append(_range(results, bound, "percent_of_copy", "of memory copy where memory is the tighter bound"))
+    return found
 
 
 def _is_known(results: Results, column: str) -> bool:
@@ -170,7 +174,7 @@ def _caveats(results: Results) -> list[str]:
 
 def _range(results: Results, cells: pd.DataFrame, column: str, of: str) -> Range:
     low, high = (cells.loc[cell] for cell in (cells[column].idxmin(), cells[column].idxmax()))
-    form, unit = (numbers.three, " %") if column in PERCENTAGES else (numbers.large, "")
+    form, unit = (numbers.three, " %") if column.startswith("percent") else (numbers.large, "")
     lowest, highest = (f"{form(cell[column])}{unit}" for cell in (low, high))
     certainty = _certainty(low, high, column, form, unit)
     return Range(lowest, highest, of, results.labels(low), results.labels(high), certainty)
@@ -202,6 +206,9 @@ def _denominators(results: Results) -> list[str]:
             source = sweep["site"]["peak"]["source"] or "source not stated"
             name = results.denominators["percent_of_datasheet"]
             told.append(f"{name}, {precision}: {numbers.si(sheet, 'FLOP/s')} a device ({source})")
+    if memory_bound(results.measured).any():
+        source = sources.get("copy", "source not stored")
+        told.append(f"memory copy: {numbers.si(copy_rate(sweep), 'B/s')} read and written a device ({source})")
     return told
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -22,8 +22,9 @@ from saih.errors import SaihError, unknown
 from workloads.llm.kv import PagedKV
 
 BACKENDS = ("padded", "loop", "varlen", "triton")
-"""padded: SDPA over [B, longest], any device. loop: SDPA for each sequence, any device. varlen: torch's flash kernel
-over packed rows, CUDA and half precision. triton: as varlen, and decode steps read the cache in place, in splits."""
+"""padded: SDPA over [B, longest], any device. loop: SDPA for each sequence, cached keys read in place, any device.
+varlen: torch's flash kernel over packed rows, CUDA and half precision. triton: as varlen, and decode steps read the
+cache in place, in splits."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,14 @@ class AttnMeta:
         return _slots(self.block_table_BN, self.block_size, *_places(self.key_rows, self.cu_k))
 
     @cached_property
+    def blocks(self) -> list[list[int]]:
+        """The cache blocks that the keys of each sequence fill, in order. Only with block tables."""
+        if self.block_table_BN is None:
+            raise SaihError("a step without block tables has no cache blocks")
+        filled = (-(-length // self.block_size) for length in self.kv_lens)
+        return [row[:count] for row, count in zip(self.block_table_BN.tolist(), filled, strict=True)]
+
+    @cached_property
     def padded_rows_T(self) -> Tensor:  # noqa: N802
         """int64: where each packed row stands in [B * Q]."""
         sequence_T, place_T = _places(self.query_lens, self.cu_q)
@@ -191,7 +200,7 @@ def _slots(table_BN: Tensor, block_size: int, sequence_T: Tensor, position_T: Te
 # -- Kernels over packed keys ------------------------------------------------------------------------------------------
 
 Kernel = Callable[[Tensor, Tensor, Tensor, AttnMeta], Tensor]
-"""q [T, H, d], keys and values [K, G, d] -> [T, H, d]."""
+"""q [T, H, d], keys and values [K, G, d], or a layer of the cache [N, S, G, d] -> [T, H, d]."""
 
 
 def padded(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tensor:
@@ -218,23 +227,60 @@ def _pad(x_THd: Tensor, lens: Sequence[int], rows_T: Tensor) -> Tensor:
 
 def loop(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tensor:
     """One call a sequence: no padding, many small kernels."""
-    outputs = []
-    queries, keys, values = (
-        x.transpose(0, 1).unsqueeze(0).split(list(rows), dim=2)
-        for x, rows in ((q_THd, meta.query_lens), (k_KGd, meta.key_rows), (v_KGd, meta.key_rows))
+    each = zip(
+        q_THd.split(list(meta.query_lens)),
+        k_KGd.split(list(meta.key_rows)),
+        v_KGd.split(list(meta.key_rows)),
+        meta.kv_lens,
+        strict=True,
     )
-    for q, k, v, length in zip(queries, keys, values, meta.kv_lens, strict=True):
-        rows, mask = q.shape[2], None
-        triangle = meta.causal and rows == k.shape[2]
-        if not meta.causal:
-            k, v = k[:, :, :length], v[:, :, :length]
-        elif not triangle and rows > 1:
-            mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
-        o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        outputs.append(o[0].transpose(0, 1))
-    return torch.cat(outputs)
+    return torch.cat([_attend(q, k, v, length, meta.causal) for q, k, v, length in each])
+
+
+def loop_in_cache(q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
+    """One call a sequence, its keys read where they lie: without a copy if that is one block."""
+    each = zip(q_THd.split(list(meta.query_lens)), meta.blocks, meta.kv_lens, strict=True)
+    return torch.cat(
+        [_attend(q, _join(k_NSGd, blocks), _join(v_NSGd, blocks), length, meta.causal) for q, blocks, length in each]
+    )
+
+
+def _join(x_NSGd: Tensor, blocks: Sequence[int]) -> Tensor:
+    """The blocks of one sequence in order, [tokens, G, d]."""
+    return x_NSGd[blocks[0]] if len(blocks) == 1 else torch.cat([x_NSGd[block] for block in blocks])
+
+
+def _attend(q_QHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, length: int, causal: bool) -> Tensor:
+    """One sequence: its rows against its first `length` keys; if causal, its rows are the last ones of those."""
+    rows, heads, size = q_QHd.shape
+    k_1GLd, v_1GLd = (x[: max(length, rows)].transpose(0, 1).unsqueeze(0) for x in (k_LGd, v_LGd))
+    if rows == 1:
+        return _attend_one(q_QHd.view(1, k_1GLd.shape[1], -1, size), k_1GLd, v_1GLd).view(1, heads, size)
+    mask = None
+    if not causal:
+        k_1GLd, v_1GLd = k_1GLd[:, :, :length], v_1GLd[:, :, :length]
+    elif rows < length:
+        mask = torch.ones(rows, length, dtype=torch.bool, device=q_QHd.device).tril(length - rows)
+    o_1HQd = F.scaled_dot_product_attention(
+        q_QHd.transpose(0, 1).unsqueeze(0),
+        k_1GLd,
+        v_1GLd,
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        enable_gqa=heads != k_1GLd.shape[1],
+    )
+    return o_1HQd[0].transpose(0, 1)
+
+
+def _attend_one(q_1GRd: Tensor, k_1GLd: Tensor, v_1GLd: Tensor) -> Tensor:
+    """One row: the R query heads of a KV head are as good as R rows of one head, and take one pass over its keys.
+
+    On a CPU in fp32: torch's kernel is two to six times as slow for a single row of bf16.
+    """
+    if q_1GRd.dtype == torch.bfloat16 and q_1GRd.device.type == "cpu":
+        o_1GRd = F.scaled_dot_product_attention(q_1GRd.float(), k_1GLd.float(), v_1GLd.float())
+        return o_1GRd.to(torch.bfloat16)
+    return F.scaled_dot_product_attention(q_1GRd, k_1GLd, v_1GLd)
 
 
 def varlen(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tensor:
@@ -259,12 +305,14 @@ def varlen(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tenso
 
 @dataclass(frozen=True)
 class Backend:
-    """What a stage attends with: a kernel over packed keys, and one over the cache itself for decode steps, if any."""
+    """What a stage attends with: a kernel over packed keys, and kernels over the cache itself, where there are any."""
 
     name: str
     kernel: Kernel
-    paged_decode: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int | None], Tensor] | None = None
-    splits: int | None = None
+    decode_in_cache: Kernel | None = None
+    """For steps of one row a sequence; k and v are a layer of the cache, [N, S, G, d]."""
+    in_cache: Kernel | None = None
+    """For all other steps that have earlier tokens."""
 
     def __call__(
         self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, meta: AttnMeta, kv: PagedKV | None, layer: int
@@ -275,11 +323,12 @@ class Backend:
         if kv is None:
             raise SaihError("this step has block tables but no KV cache was given")
         kv.write(layer, meta.slots_T, k_TGd, v_TGd)
-        if self.paged_decode is not None and meta.decode:
-            return self.paged_decode(q_THd, *kv.layer(layer), meta.block_table_BN, meta.kv_lens_B, self.splits)
-        if not meta.fresh:
-            k_TGd, v_TGd = kv.read(layer, meta.slots_K)
-        return self.kernel(q_THd, k_TGd, v_TGd, meta)
+        if meta.fresh:
+            return self.kernel(q_THd, k_TGd, v_TGd, meta)
+        in_cache = self.decode_in_cache if meta.decode else self.in_cache
+        if in_cache is not None:
+            return in_cache(q_THd, *kv.layer(layer), meta)
+        return self.kernel(q_THd, *kv.read(layer, meta.slots_K), meta)
 
 
 def backend(
@@ -306,11 +355,17 @@ def backend(
         raise SaihError(f"attention backend {name!r} {lacks[name]}; possible on {device} with {dtype}: {able}")
     if splits is not None and name != "triton":
         raise SaihError(f"attention backend {name!r} has no splits, only 'triton' has")
-    if name != "triton":
-        return Backend(name, {"padded": padded, "loop": loop, "varlen": varlen}[name])
+    if name == "triton":
+        return Backend(name, varlen, partial(_split_decode, splits))
+    if name == "loop":
+        return Backend(name, loop, loop_in_cache, loop_in_cache)
+    return Backend(name, {"padded": padded, "varlen": varlen}[name])
+
+
+def _split_decode(splits: int | None, q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
     from workloads.llm.triton_decode import paged_decode
 
-    return Backend(name, varlen, paged_decode, splits)
+    return paged_decode(q_THd, k_NSGd, v_NSGd, cast(Tensor, meta.block_table_BN), meta.kv_lens_B, splits)
 
 
 def _lack(name: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -106,6 +106,17 @@ def load(stage: Stage, folder: Path | str) -> int:
     return read
 
 
+def state_dict(stage: Stage) -> dict[str, Tensor]:
+    """The weights of a whole model as a Hugging Face checkpoint names and shapes them: what `load` would read."""
+    found: dict[str, Tensor] = {}
+    for piece in stage.pieces():
+        key = source_name(stage.spec, piece.name)
+        shape, index, transposed = _place_there(stage.spec, piece)
+        whole = found.setdefault(key, piece.target.new_empty(shape))
+        whole[index] = piece.target.T if transposed else piece.target
+    return found
+
+
 def source_name(spec: ModelSpec, name: str) -> str:
     """The name in a Hugging Face checkpoint of a tensor of the whole model."""
     number = re.search(r"\.(\d+)\.", name)

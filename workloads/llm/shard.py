@@ -195,6 +195,14 @@ class Make:
         return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
 
 
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, D] W^T + b, of a weight [O, D] as it is or as `packed.pack` laid it out."""
+    if weight.is_mkldnn:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+    return F.linear(x, weight, bias)
+
+
 class ColumnLinear(nn.Module):
     """Several matrices over the same input as one, each cut by outputs: x [T, D] -> [T, all my outputs]."""
 
@@ -206,7 +214,7 @@ class ColumnLinear(nn.Module):
         self.bias = made.parameter(sum(self.sizes)) if bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(copy_to_ranks(x_TD, self.mesh), self.weight, self.bias)
+        return multiply(copy_to_ranks(x_TD, self.mesh), self.weight, self.bias)
 
     def pieces(self, path: str, leaf: str, parameter: nn.Parameter) -> Iterator[Piece]:
         yield from _row_cuts(path, leaf, parameter, self.parts)
@@ -223,8 +231,8 @@ class RowLinear(nn.Module):
 
     def forward(self, x_TF: Tensor) -> Tensor:
         if self.mesh.tp == 1:
-            return F.linear(x_TF, self.weight, self.bias)
-        h_TD = sum_over_ranks(F.linear(x_TF, self.weight), self.mesh)
+            return multiply(x_TF, self.weight, self.bias)
+        h_TD = sum_over_ranks(multiply(x_TF, self.weight), self.mesh)
         return h_TD if self.bias is None else h_TD + self.bias
 
     def pieces(self, path: str, leaf: str, parameter: nn.Parameter) -> Iterator[Piece]:
@@ -243,6 +251,8 @@ class VocabMatrix(nn.Module):
         self.mine, self.mesh = cut_vocab(vocab, mesh), mesh
         self.weight = made.parameter(len(self.mine), hidden)
         self.bias = made.parameter(len(self.mine)) if bias else None
+        self.packed: Tensor | None = None
+        """A copy of the weight as logits want it (`packed.pack`); embeddings look up rows of the weight itself."""
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """[T] -> [T, D]: each rank looks up the words it has, the others give zeros."""
@@ -254,7 +264,8 @@ class VocabMatrix(nn.Module):
 
     def logits(self, h_RD: Tensor) -> Tensor:
         """[R, D] -> [R, V], whole on every rank."""
-        mine_RV = F.linear(copy_to_ranks(h_RD, self.mesh), self.weight, self.bias)
+        weight = self.weight if self.packed is None else self.packed
+        mine_RV = multiply(copy_to_ranks(h_RD, self.mesh), weight, self.bias)
         if self.mesh.tp == 1:
             return mine_RV
         widest = -(-self.mine.whole // self.mesh.tp)

@@ -1,0 +1,33 @@
+"""Packed matrices give the logits of plain ones, in every family, and say where they cannot be."""
+
+import pytest
+import torch
+
+from saih.errors import SaihError
+from workloads.llm import config, loader
+from workloads.llm.attention import AttnMeta
+from workloads.llm.model import Stage
+from workloads.llm.packed import pack
+from workloads.llm.shard import ColumnLinear, RowLinear
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "gpt-tiny", "opt-tiny", "bert-tiny"])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@torch.inference_mode()
+def test_packed_logits_are_those_of_plain_matrices(name: str, dtype: torch.dtype, atol: float) -> None:
+    spec = config.preset(name)
+    stage = Stage(spec, dtype=dtype)
+    loader.random_init(stage, 3)
+    meta = AttnMeta.packed([5, 1, 17], causal=spec.causal)
+    ids = torch.arange(23) * 7 % spec.vocab
+    wanted = stage(ids, meta)
+    pack(stage)
+    assert all(each.weight.is_mkldnn for each in stage.modules() if isinstance(each, ColumnLinear | RowLinear))
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(stage(ids, meta), wanted, atol=atol, rtol=0)
+
+
+def test_matrices_that_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(SaihError, match="on a CPU with oneDNN only"):
+        pack(Stage(config.preset("llama-tiny")))

@@ -1,0 +1,37 @@
+"""Matrices laid out for oneDNN, once, before a stage infers on a CPU.
+
+torch multiplies fp32 matrices by MKL, which takes a generic path on processors that are not Intel's, and lays a matrix
+out anew in every call. oneDNN takes the widest vectors there are, and keeps the layout it is given.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from saih.errors import SaihError
+from workloads.llm.model import Stage
+from workloads.llm.shard import ColumnLinear, RowLinear, VocabMatrix
+
+ROWS = 16
+"""The layout is the best one for so many rows: it serves a decode step of any size, and a prefill as well."""
+
+
+def pack(stage: Stage) -> None:
+    """Replaces the matrices of a loaded stage on a CPU; from then on it only infers, and nothing can be loaded.
+
+    The matrix that gives logits is copied, for an embedding may look it up by rows. Results differ in rounding.
+    Raises SaihError for a stage on another device and where torch was built without oneDNN.
+    """
+    if stage.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        raise SaihError(f"matrices can be packed on a CPU with oneDNN only, not on {stage.device}")
+    for module in stage.modules():
+        if isinstance(module, ColumnLinear | RowLinear):
+            module.weight = nn.Parameter(_laid_out(module.weight), requires_grad=False)
+        elif isinstance(module, VocabMatrix) and stage.last:
+            module.packed = _laid_out(module.weight)
+
+
+def _laid_out(weight_OD: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OD.detach(), ROWS)
+    return packed
