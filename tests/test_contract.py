@@ -248,7 +248,9 @@ def test_what_a_site_asks_of_its_scheduler_stands_in_the_script(name: str, tmp_p
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scripts_quote_everything(name: str, hostile: Path) -> None:
-    site = site_for(name, environment={"PLAIN": "1", "HOSTILE": HOSTILE}, setup=("export FROM_SETUP=yes",))
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # what a batch scheduler's node list tells
+    variables = {"PLAIN": "1", "HOSTILE": HOSTILE} | meeting
+    site = site_for(name, environment=variables, setup=("export FROM_SETUP=yes", '[ -z "$NOT_THERE" ]'))
     job = toy_job(hostile / "jobs" / "a b" / "000")
     text = jobs.render(job, f"sweep {HOSTILE}", site)
     checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
@@ -266,7 +268,8 @@ def test_scripts_quote_everything(name: str, hostile: Path) -> None:
     Path(job.folder).mkdir(parents=True)
     script = hostile / "job.sh"
     script.write_text(text)
-    granted = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # what a batch scheduler's node list tells
+    left_behind = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "7")  # by a profile
+    granted = os.environ | left_behind
     granted["TMPDIR"] = str(hostile)  # the lock of local jobs: nobody else's job is waited for
     words = ["bash", str(script)]
     done = subprocess.run(words, cwd="/", env=granted, capture_output=True, text=True, check=True)
@@ -278,7 +281,18 @@ def test_scripts_quote_everything(name: str, hostile: Path) -> None:
     assert seen["environment"]["PLAIN"] == "1"
     assert seen["environment"]["FROM_SETUP"] == "yes"
     assert seen["environment"]["OMP_NUM_THREADS"] == "2"
+    assert "7" not in {seen["environment"].get(each) for each in left_behind}
     assert not [path for path in (hostile / "oops", Path("/oops")) if path.exists()]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_an_unset_variable_is_a_mistake_in_all_but_the_set_up_lines(name: str, tmp_path: Path) -> None:
+    """What modules and conda bring along looks at variables like PS1, which a job does not have."""
+    text = jobs.render(toy_job(tmp_path), "sweep", site_for(name, setup=('case "$PS1" in esac',)))
+    for line, status in {'case "$PS1" in esac': 0, "set -u": 1}.items():
+        upto = text[: text.rindex(f"\n{line}\n") + len(line) + 1].replace("\nexec >>", "\n: >>")
+        done = subprocess.run(["bash"], input=f'{upto}\n: "$PS1"\n', env={}, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
