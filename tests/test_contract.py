@@ -124,8 +124,16 @@ def test_ladders_set_parameters_there_are_and_grow(name: str, axis: Axis) -> Non
 
 @pytest.mark.parametrize(("name", "axis"), specs("AXES"))
 def test_every_rung_has_a_cost(name: str, axis: Axis) -> None:
+    """With everything else at its default, on one rank or, where that makes no sense, on two."""
     spec = workload.spec(name)
-    costs = [spec.cost(defaults(name) | dict(rung.params)) for rung in axis.rungs]
+
+    def cost_of(params: Params) -> Cost:
+        try:
+            return spec.cost(params)
+        except SaihError:
+            return spec.cost({**params, "gpus": 2})
+
+    costs = [cost_of(defaults(name) | dict(rung.params)) for rung in axis.rungs]
     for rung, cost in zip(axis.rungs, costs, strict=True):
         for key, value in numbers(cost).items():
             assert math.isfinite(value), (rung.label, key)
