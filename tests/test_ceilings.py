@@ -124,7 +124,9 @@ def test_a_sum_that_misses_a_rank_is_caught() -> None:
         others = [_brings(rank, world, count, dtype) for rank in range(1, world)]
         assert _error(world, count, dtype, others) == 0.0
         assert _error(world, count, dtype, others[:-1]) > 0, "one is missing"
-        assert _error(world, count, dtype, [*others[:-1], _brings(0, world, count, dtype)]) > 0, "one is there twice, another one not"
+        assert _error(world, count, dtype, [*others[:-1], _brings(0, world, count, dtype)]) > 0, (
+            "one is there twice, another one not"
+        )
 
 
 def _brings(rank: int, world: int, count: int, dtype: torch.dtype) -> torch.Tensor:

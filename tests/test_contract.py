@@ -238,6 +238,13 @@ def test_a_scheduler_defines_every_member(name: str) -> None:
     assert isinstance(scheduler.CANCEL_ON_INTERRUPT, bool)
     assert set(scheduler.SUBMIT) <= set(Submission.model_fields)
     assert scheduler.AGENTS in ("", *launchers.LAUNCHERS)
+    assert all(isinstance(word, str) and word for word in (*scheduler.COMMANDS, *scheduler.QUESTION))
+    assert set(scheduler.QUESTION[:1]) <= {*scheduler.COMMANDS, "sinfo"}
+    site = dict.fromkeys(("partition", "account", "qos", "mpi", "launcher", "data"), "x")
+    for symptom in scheduler.SYMPTOMS:
+        assert symptom.text.format(**site, matched="", **re.compile(symptom.pattern).groupindex)
+        assert symptom.advice
+    assert all(re.compile(pattern) and advice for pattern, advice in scheduler.WAITS.items())
     assert all(callable(getattr(scheduler, member)) for member in ("submit", "find", "states", "cancel"))
 
 
@@ -299,7 +306,9 @@ def test_an_unset_variable_is_a_mistake_in_all_but_the_set_up_lines(name: str, t
     text = jobs.render(toy_job(tmp_path), "sweep", site_for(name, setup=('case "$PS1" in esac',)))
     for line, status in {'case "$PS1" in esac': 0, "set -u": 1}.items():
         upto = text[: text.rindex(f"\n{line}\n") + len(line) + 1].replace("\nexec >>", "\n: >>")
-        done = subprocess.run(["bash"], input=f'{upto}\n: "$PS1"\n', env={}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["bash"], input=f'{upto}\n: "$PS1"\n', env={}, capture_output=True, text=True, check=False
+        )
         assert done.returncode == status, done.stderr
 
 
@@ -391,6 +400,10 @@ from saih.schedulers import State
 
 TEMPLATE = "local.sh.j2"
 SUBMIT = ()
+COMMANDS = ("bash",)
+QUESTION = ()
+SYMPTOMS = ()
+WAITS = {}
 AGENTS = ""
 MAX_QUEUED = 2
 SHORTEST_PAUSE_S = LONGEST_PAUSE_S = 0.1

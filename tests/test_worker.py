@@ -188,9 +188,7 @@ def test_a_damaged_pack_is_named(tmp_path: Path, content: object) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "status"), [(1, 1), (2, -signal.SIGKILL)])
-def test_a_rank_that_cannot_begin_says_why_and_is_not_alone_in_its_end(
-    ranks: int, status: int, tmp_path: Path
-) -> None:
+def test_a_rank_that_cannot_begin_says_why_and_is_not_alone_in_its_end(ranks: int, status: int, tmp_path: Path) -> None:
     """By a signal where there are others: MPICH's mpiexec would leave them waiting after an exit status."""
     told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
     done = subprocess.run(
@@ -218,7 +216,7 @@ def _late(rank: int, folder: str) -> None:
     worker.MEETING = datetime.timedelta(seconds=2)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
     with worker._process_group(Place(rank, rank, 2), "cpu"):
-        worker._refuse_mixed_ranks({key: "same" for key in environment.MACHINE_KEYS}, "cpu")
+        worker._refuse_mixed_ranks(dict.fromkeys(environment.MACHINE_KEYS, "same"), "cpu")
         worker._be_patient()
         time.sleep(4 * rank)
         torch.distributed.barrier()
