@@ -11,7 +11,7 @@ help:
 	@echo "make sweep   install into $(VENV), run the main job, print where the report is"
 	@echo "make test    install, then linters, types and all tests"
 	@echo "make bench   print the speed of saih itself"
-	@echo "make cluster start a simulated Slurm cluster on this machine and write sites/cluster.yaml; Ctrl-C stops it"
+	@echo "make cluster start a simulated Slurm cluster here and write sites/cluster.yaml and cluster-mpi.yaml; Ctrl-C stops it"
 	@echo "make horovod build Horovod for the torch of $(VENV), keep the wheel in ~/.cache/saih, install it"
 	@echo "make clean   remove $(VENV) and caches; jobs, results and reports stay"
 

@@ -18,20 +18,13 @@ from saih import sweep as language
 from saih.core import FORMAT, Point
 from saih.errors import SaihError
 from saih.files import read_record
+from saih.schedulers import Symptom
 from saih.site import Site
 
 WORKLOAD = "smoke"
 SETTINGS: dict[str, language.Scalar] = {"seconds": 0.0, "steps": 2, "warmup": 1}
-RUN_S = 90.0
-"""How long a job that has started may take before it is called hung."""
 TAIL_LINES = 8
-
-COMMANDS = {
-    "local": ("bash", "flock", "timeout"),
-    "slurm": ("sbatch", "squeue", "scancel", "srun"),
-    "pbs": ("qsub", "qstat", "qdel"),
-    "flux": ("flux",),
-}
+LONGER = "a larger --wait, or a part of the machine that is less busy"
 
 
 @dataclass(frozen=True)
@@ -45,47 +38,7 @@ class Finding:
     tail: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Symptom:
-    """Words of a log or a refusal, what they mean, and what to try."""
-
-    pattern: str
-    text: str
-    advice: str
-
-
 SYMPTOMS = (
-    Symptom(
-        r"[Ii]nvalid partition",
-        "the scheduler knows no partition {partition}",
-        "sinfo lists them; name one in submit.partition",
-    ),
-    Symptom(
-        r"[Ii]nvalid account",
-        "the scheduler does not let you use account {account} in partition {partition}",
-        "sacctmgr show associations user=$USER lists yours; name one in submit.account",
-    ),
-    Symptom(r"[Ii]nvalid qos", "the scheduler does not let you use QOS {qos}", "set submit.qos to one you may use"),
-    Symptom(
-        r"[Ii]nvalid generic resource",
-        "the scheduler does not have the GPUs asked for under that name",
-        "sinfo -o '%P %G' shows them; set submit.gres, or gpus_per_node",
-    ),
-    Symptom(
-        r"time limit is invalid|PartitionTimeLimit|exceeds? .*time limit",
-        "the job asks for more time than it may have",
-        "lower job_minutes",
-    ),
-    Symptom(
-        r"[Nn]ode count|More processors requested|[Rr]equested node configuration|PartitionNodeLimit",
-        "the job asks for more than the partition's nodes have, or for more nodes",
-        "compare nodes, gpus_per_node x threads_per_rank and submit with: scontrol show partition",
-    ),
-    Symptom(
-        r"specified plugin name for mpi|Invalid MPI type",
-        "srun does not offer the PMI that the site names: mpi: {mpi}",
-        "srun --mpi=list shows what it offers; set mpi: to one of these, or leave it out",
-    ),
     Symptom(
         r"this is rank \d+ of 1, but",
         "every rank takes itself for the only one: the launcher ({launcher}) and what the ranks look to do not match",
@@ -165,7 +118,7 @@ SYMPTOMS = (
         "see its log; a line of setup that fails ends the job, silently if it says nothing itself",
     ),
 )
-"""Looked for in this order: what comes first explains what comes later."""
+"""Looked for in this order, after those of the scheduler: what comes first explains what comes later."""
 
 
 class StillWaitingError(Exception):
@@ -206,12 +159,12 @@ def shapes(site: Site) -> list[str]:
 
 
 def _find_commands(site: Site) -> Iterator[Finding]:
-    words = COMMANDS.get(site.scheduler, ())
+    words = schedulers.load(site.scheduler).COMMANDS
     missing = [word for word in words if shutil.which(word) is None]
     if missing:
         advice = "run saih on a login node of the cluster, or load the module that has them"
         yield Finding(False, f"not on the PATH here: {', '.join(missing)}", advice)
-    elif words:
+    else:
         yield Finding(True, f"on the PATH here: {', '.join(words)}")
 
 
@@ -231,7 +184,8 @@ def _try(site: Site, root: Path, shape: str, folder: Path, wait_s: float) -> Ite
         shutil.rmtree(sweep.points, ignore_errors=True)
         shutil.rmtree(sweep.jobs, ignore_errors=True)
         sweep = jobs.prepare(planned, root, ["saih", "site", "check", site.name], None)
-        patience = _Patience(wait_s)
+        (job,) = plan.pack(planned.kept, site, sweep.jobs)
+        patience = _Patience(wait_s, job.time_limit_s)
         began = time.monotonic()
         try:
             drive.run(sweep, planned, patience)
@@ -253,10 +207,10 @@ def _try(site: Site, root: Path, shape: str, folder: Path, wait_s: float) -> Ite
 
 
 class _Patience:
-    """Watches a drive and raises StillWaitingError when it takes too long."""
+    """Watches a drive and raises StillWaitingError when its job waits, or runs, longer than it may."""
 
-    def __init__(self, wait_s: float) -> None:
-        self.wait_s, self.began, self.started = wait_s, time.monotonic(), 0.0
+    def __init__(self, wait_s: float, run_s: float) -> None:
+        self.wait_s, self.run_s, self.began, self.started = wait_s, run_s, time.monotonic(), 0.0
 
     def __call__(self, progress: drive.Progress) -> None:
         now = time.monotonic()
@@ -266,8 +220,8 @@ class _Patience:
         if not self.started and now - self.began > self.wait_s:
             detail = ", ".join(sorted({state.detail for state in states if state.detail})) or "no reason told"
             raise StillWaitingError(f"its job still waits in the queue after {self.wait_s:g} s ({detail}); cancelled")
-        if self.started and now - self.started > RUN_S:
-            raise StillWaitingError(f"its job has not ended {RUN_S:g} s after it began; cancelled")
+        if self.started and now - self.started > self.run_s:
+            raise StillWaitingError(f"its job has not ended {self.run_s:g} s after it began; cancelled")
 
 
 def _judge(site: Site, point: Point, measured: dict[str, Any], folder: Path) -> Iterator[Finding]:
@@ -304,21 +258,23 @@ def _explain(site: Site, sweep: jobs.SweepFolder, told: str) -> Finding:
     tail = jobs.log_tail(homes[-1]) if homes else ""
     lines = tuple(line for line in tail.splitlines() if line.strip())[-TAIL_LINES:]
     head = told.split(": ", 1)[0]
+    scheduler = schedulers.load(site.scheduler)
     if "still waits" in told:
-        return Finding(False, told, _why_waiting(told), log, lines)
+        advice = next((each for pattern, each in scheduler.WAITS.items() if re.search(pattern, told)), LONGER)
+        return Finding(False, told, advice, log, lines)
     program = (site.container or (site.python,))[0]
     if program and re.search(rf"{re.escape(program)}.*(No such file|not found|error)", tail + told):
         text = f"the nodes cannot start {program}"
         return Finding(False, f"{head}: {text}", "correct python, or container, of the site", log, lines)
     known = {
-        "partition": site.submit.partition or "(Slurm's default)",
+        "partition": site.submit.partition or "(the default)",
         "account": site.submit.account or "(your default)",
         "qos": site.submit.qos or "(your default)",
         "mpi": site.mpi,
         "launcher": site.launcher,
         "data": Path(site.data_folder).absolute(),
     }
-    for symptom in SYMPTOMS:
+    for symptom in (*scheduler.SYMPTOMS, *SYMPTOMS):
         match = re.search(symptom.pattern, tail) or re.search(symptom.pattern, told)
         if match:
             text = symptom.text.format(**known, matched=match[0], **match.groupdict())
@@ -326,18 +282,6 @@ def _explain(site: Site, sweep: jobs.SweepFolder, told: str) -> Finding:
     if log is not None and not log.exists():
         return Finding(False, told, "the nodes may not see this folder: it wrote no log", log)
     return Finding(False, told, "see its log", log, lines)
-
-
-def _why_waiting(told: str) -> str:
-    for pattern, advice in {
-        r"Limit": "a limit of partition, account or QOS holds it back: ask for less, or use another",
-        r"Down|Inactive|NotAvail|Drain": "the partition or its nodes are not available: sinfo -R says why",
-        r"Priority|Resources": "the machine is busy: a larger --wait, a debug partition or QOS",
-        r"Held|Hold": "it is held: scontrol show job says by whom",
-    }.items():
-        if re.search(pattern, told):
-            return advice
-    return "a larger --wait, or a debug partition or QOS"
 
 
 def _words(point: Point) -> str:

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -193,8 +194,12 @@ def _site_init(options: argparse.Namespace) -> int:
     path = options.output or Path("sites") / f"{found.name}.yaml"
     if path.exists():
         raise SaihError(f"{path} exists; remove it first, or write elsewhere with -o FILE.yaml")
-    write_atomic(path, lambda file: file.write(discover.render(found).encode()))
-    sites.load(str(path.absolute()))
+    text = discover.render(found)
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder, f"{sites.name_of(path)}.yaml")
+        draft.write_text(text)
+        sites.load(str(draft))  # what could not be used is not written
+    write_atomic(path, lambda file: file.write(text.encode()))
     print("\n".join([*found.found, *(f"to do: {each}" for each in found.to_do)]))
     usual = path == Path("sites") / f"{found.name}.yaml"
     print(f"wrote {path}; read it, then: saih site check {found.name if usual else path}")

@@ -101,13 +101,10 @@ def look(name: str | None, scheduler: str | None, partition: str | None) -> Disc
 
 
 def find_scheduler() -> str:
-    """Which scheduler answers on this machine: slurm, pbs, flux, or local for none."""
-    for name, question in {
-        "slurm": ("sinfo", "--noheader"),
-        "pbs": ("qstat", "-Q"),
-        "flux": ("flux", "resource", "list"),
-    }.items():
-        if _ask(*question):
+    """Which scheduler answers here, or local for none; Flux first, which answers inside its own instances only."""
+    for name in schedulers.names():
+        question = schedulers.load(name).QUESTION
+        if question and _ask(*question):
             return name
     return "local"
 

@@ -228,7 +228,7 @@ def render(job: Job, sweep: str, site: Site) -> str:
     _check_submission(site, scheduler)
     python = [*site.container, site.python or sys.executable]
     worker = ["-m", "saih.worker", str(Path(job.folder, "pack.json").absolute())]
-    words = launchers.command(site.launcher, job, site.mpi, python, worker, scheduler.AGENTS)
+    words = launchers.command(site.launcher, job, site.mpi, python, worker, scheduler.AGENTS, site.mpiexec)
     variables = {"OMP_NUM_THREADS": str(site.threads_per_rank), "PYTHONPATH": _python_path()} | dict(site.environment)
     return (
         _templates()

@@ -15,6 +15,9 @@ from pathlib import Path
 from saih.core import Job, Place
 from saih.errors import SaihError, unknown
 
+ASK_S = 10.0
+"""How long an mpiexec may take to say what it is."""
+
 
 def torchrun(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> list[str]:
     """One agent a node starts its ranks and stops them all when one dies; agents meet at $PET_RDZV_ENDPOINT.
@@ -41,7 +44,11 @@ def flux(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> li
 
 
 def mpiexec(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str]) -> list[str]:
-    """MPICH and those who take its options (Intel MPI, Cray)."""
+    """MPICH and those who take its options (Intel MPI, Cray).
+
+    MPICH's ends a job when a rank dies by a signal, but not when one exits before it has called MPI_Init: a rank whose
+    Python does not even start is missed by the others only when their time to meet is over (`saih.worker.MEETING`).
+    """
     return [_mpiexec(of_open_mpi=False), "-n", str(job.ranks), "-ppn", str(job.gpus), *python, *worker]
 
 
@@ -55,7 +62,7 @@ def horovodrun(job: Job, mpi: str, python: Sequence[str], worker: Sequence[str])
     """Horovod's own launcher on one node; it reaches other nodes by ssh, so for those take srun or mpiexec."""
     if job.nodes > 1:
         raise SaihError("launcher horovodrun starts ranks on one node only; across nodes use srun or mpiexec")
-    return [_beside_python("horovodrun"), "--gloo", "-np", str(job.ranks), *python, *worker]
+    return [*python, "-m", "horovod.runner.launch", "--gloo", "-np", str(job.ranks), python[-1], *worker]
 
 
 LAUNCHERS: dict[str, Callable[[Job, str, Sequence[str], Sequence[str]], list[str]]] = {
@@ -67,24 +74,38 @@ ENVIRONMENTS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
     ("HOROVOD_RANK", "HOROVOD_LOCAL_RANK", "HOROVOD_SIZE"),  # horovodrun
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),  # MPICH's mpiexec; inside Slurm its proxies have a SLURM_PROCID too
+    (
+        "PMI_RANK",
+        "PMI_LOCAL_RANK",
+        "PMI_SIZE",
+    ),  # Cray's (PALS): see argonne-lcf/alcf-nccl-tests on GitHub
     ("FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID", "FLUX_JOB_SIZE"),  # flux run, which sets PMI_RANK and PMI_SIZE too
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),  # srun
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),  # srun; a batch script is rank 0 of SLURM_NTASKS, too
 )
 """Names of rank, local rank and world size, the innermost launcher first."""
 
 
 def command(
-    launcher: str, job: Job, mpi: str, python: Sequence[str], worker: Sequence[str], agents: str = ""
+    launcher: str,
+    job: Job,
+    mpi: str,
+    python: Sequence[str],
+    worker: Sequence[str],
+    agents: str = "",
+    mpiexec: str = "",
 ) -> list[str]:
     """The words that start `worker`, arguments of `python`, on all ranks of the job.
 
     `python` is one word, or several where a container comes first. `agents` is the launcher by which torchrun's agents
-    start on several nodes, as the scheduler has it.
+    start on several nodes, as the scheduler has it. `mpiexec` takes the place of the one found here, where the set-up
+    lines of a job bring another.
     """
     if launcher not in LAUNCHERS:
         raise unknown("launcher", launcher, LAUNCHERS)
     words = LAUNCHERS[launcher](job, mpi, python, worker)
-    return command(agents, replace(job, gpus=1), "", [], words) if launcher == "torchrun" and job.nodes > 1 else words
+    if launcher == "torchrun" and job.nodes > 1:
+        return command(agents, replace(job, gpus=1), "", [], words, mpiexec=mpiexec)
+    return [mpiexec, *words[1:]] if mpiexec and launcher in ("mpiexec", "openmpi") else words
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -103,12 +124,6 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     raise SaihError(f"no launcher told this process its rank; start it with one of: {', '.join(LAUNCHERS)}")
 
 
-def _beside_python(program: str) -> str:
-    """The program of the environment saih runs in, else the one on the PATH of the job."""
-    own = Path(sys.executable).parent / program
-    return str(own) if own.exists() else shutil.which(program) or program
-
-
 @cache
 def _mpiexec(of_open_mpi: bool) -> str:
     """The first mpiexec of that kind, beside this Python or on the PATH; a bare word where only the job will have one.
@@ -123,6 +138,10 @@ def _mpiexec(of_open_mpi: bool) -> str:
     return "mpiexec"
 
 
-def _is_open_mpi(mpiexec: str) -> bool:
-    answer = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False)
+def _is_open_mpi(mpiexec: str) -> bool | None:
+    """None for one that does not say."""
+    try:
+        answer = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False, timeout=ASK_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return re.search(r"open[ -]?(mpi|rte)|prrte", answer.stdout, re.IGNORECASE) is not None

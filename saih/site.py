@@ -25,6 +25,8 @@ NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 Positive = Annotated[float, Field(gt=0)]
 Word = Annotated[str, Field(pattern=r"^\S+$")]
 """Text for a line of a job script that the scheduler reads: no spaces, no line breaks."""
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""A name that a shell can export."""
 
 
 class Peak(BaseModel):
@@ -65,6 +67,8 @@ class Common(BaseModel):
     launcher: str = "torchrun"
     mpi: Literal["", "pmi2", "pmix"] = ""
     """How srun introduces ranks to an MPI library; empty leaves it to Slurm's default."""
+    mpiexec: str = ""
+    """What launchers mpiexec and openmpi start on the nodes: a path, or a word; empty for the one saih finds here."""
     nodes: int = Field(default=1, gt=0)
     job_minutes: Positive = 60.0
     max_queued: int | None = Field(default=None, gt=0)
@@ -76,7 +80,7 @@ class Common(BaseModel):
     """Words before the worker's command: ["apptainer", "exec", "--nv", "image.sif"]."""
     python: str = ""
     """The interpreter of the workers; empty for the one saih runs in."""
-    environment: Mapping[str, str] = Field(default_factory=dict)
+    environment: Mapping[Variable, str] = Field(default_factory=dict)
     setup: tuple[str, ...] = ()
     defaults: Mapping[str, Value] = Field(default_factory=dict)
 
@@ -114,8 +118,7 @@ def names() -> list[str]:
 def load(name: str) -> Site:
     """The site of that name or file, with all that its file leaves out filled in from this machine."""
     path = _find(name)
-    if not re.fullmatch(NAME, path.stem):
-        raise SaihError(f"{path}: a site's name has only letters, digits and . - _; rename the file")
+    own_name = name_of(path)
     file = yamlfile.load(path, SiteFile)
     gpus = find_gpus() if file.device != "cpu" else []
     device: Literal["cpu", "cuda"] = "cuda" if file.device == "cuda" or gpus else "cpu"
@@ -129,7 +132,7 @@ def load(name: str) -> Site:
     memory_gib = file.node_memory_gib or memory_bytes() / GIB
     part = file.device_name or (gpus[0][0] if gpus else cpu_name() if device == "cpu" else "this GPU")
     return Site(
-        name=path.stem,
+        name=own_name,
         device=device,
         device_name=part,
         gpus_per_node=per_node,
@@ -139,6 +142,13 @@ def load(name: str) -> Site:
         peak=file.peak or (catalogue_peak(part) if device == "cuda" else nominal_cpu_peak(threads)),
         **{key: getattr(file, key) for key in Common.model_fields},
     )
+
+
+def name_of(path: Path) -> str:
+    """The name of the site in a file; SaihError where it is no plain word."""
+    if not re.fullmatch(NAME, path.stem):
+        raise SaihError(f"{path}: a site's name has only letters, digits and . - _; rename the file")
+    return path.stem
 
 
 def find_gpus() -> list[tuple[str, float]]:

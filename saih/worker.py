@@ -14,6 +14,7 @@ import io
 import json
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -21,7 +22,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -34,7 +35,11 @@ from saih.files import blamed_on, digest, read_record, write_atomic, write_json,
 from saih.timing import Samples, StepClock, run_steps
 
 HOST_BYTES = 64
-PR_SET_PDEATHSIG, SIGKILL = 1, 9
+PR_SET_PDEATHSIG = 1
+MEETING = datetime.timedelta(minutes=5)
+"""For all ranks to find each other: one that never starts is not waited for as long as a slow step is."""
+COLLECTIVE = datetime.timedelta(minutes=30)
+"""For a rank to wait in a collective: another may have a data set to make first."""
 
 
 class CheckFailedError(Exception):
@@ -82,6 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     with _process_group(place, device):
         seen = environment.capture(device, pack.version)
         _refuse_mixed_ranks(seen, device)
+        _be_patient()
         gc.freeze()  # what is imported stays: collecting between points would visit all of torch, for 0.1 s
         for point in _unmeasured(pack, device):
             Launch(pack, place, device, seen).run(point)
@@ -106,8 +112,7 @@ class Launch:
         except Exception as error:
             self._record_failure(folder, point, error)
             if self.place.world > 1:
-                sys.stdout.flush()
-                os._exit(1)  # the other ranks may wait in a collective: only the launcher can end them
+                _take_the_others_along()
         finally:
             _release_memory(self.device)
 
@@ -252,9 +257,26 @@ def _process_group(place: Place, device: str) -> Iterator[None]:
         yield
         return
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world)
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=MEETING)
     yield
     dist.destroy_process_group()
+
+
+def _be_patient() -> None:
+    """The ranks have met in a first collective; from now on one may keep the others waiting for longer."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE)
+
+
+def _take_the_others_along() -> NoReturn:
+    """End this rank so that its launcher ends the others, who may wait for it: they all do that after a signal.
+
+    After an exit status MPICH's mpiexec lets the others run on, unless the rank had called MPI_Init.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("nobody outlives SIGKILL")
 
 
 def _kind(error: Exception) -> str:
@@ -276,7 +298,7 @@ def _append_event(folder: Path, event: str, point: Point) -> None:
 def _die_with_the_launcher() -> None:
     """Ask the kernel to kill this rank when its launcher dies: nobody is left to use what it would measure."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _refuse_mixed_ranks(seen: dict[str, Any], device: str) -> None:
@@ -355,5 +377,9 @@ def _without_nan(columns: dict[str, list[float]]) -> dict[str, list[float | None
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except SaihError as mistake:
-        sys.exit(f"saih worker: {mistake}")
+    except Exception as error:
+        print(f"saih worker: {error}" if isinstance(error, SaihError) else traceback.format_exc(), file=sys.stderr)
+        found = launchers.find_place()
+        if found and found.world > 1:
+            _take_the_others_along()
+        sys.exit(1)

@@ -105,16 +105,46 @@ def test_the_largest_all_reduce_of_each_transport_counts() -> None:
 
 
 def test_an_all_reduce_wants_several_ranks_and_numbers_mpi_knows() -> None:
-    with pytest.raises(SaihError, match="several ranks"):
-        ceiling(kernel="allreduce")
+    for make in (ceiling, lambda **changes: spec.cost(DEFAULTS | changes)):
+        with pytest.raises(SaihError, match="several ranks: --set gpus=2"):
+            make(kernel="allreduce")
+    assert spec.cost(DEFAULTS | {"kernel": "allreduce", "nodes": 2}).message_bytes == 2**20
     with pytest.raises(SaihError, match="MPI has no bf16"):
-        spec.cost(DEFAULTS | {"kernel": "allreduce", "transport": "mpi", "precision": "bf16"})
+        spec.cost(DEFAULTS | {"kernel": "allreduce", "gpus": 2, "transport": "mpi", "precision": "bf16"})
 
 
 def test_a_sum_that_misses_a_rank_is_caught() -> None:
-    x_N = torch.zeros(100)
-    assert AllReduce(x_N, Place(0, 0, 2), lambda: x_N.mul_(2).add_(1)).error() == 0.0
-    assert AllReduce(x_N, Place(0, 0, 2), lambda: x_N.mul_(2)).error() > 0
+    for dtype, world, count in [
+        (torch.float32, 2, 2),
+        (torch.float32, 60, 2),
+        (torch.bfloat16, 16, 4),
+        (torch.bfloat16, 144, 4),
+        (torch.bfloat16, 200, 100),
+    ]:
+        others = [_brings(rank, world, count, dtype) for rank in range(1, world)]
+        assert _error(world, count, dtype, others) == 0.0
+        assert _error(world, count, dtype, others[:-1]) > 0, "one is missing"
+        assert _error(world, count, dtype, [*others[:-1], _brings(0, world, count, dtype)]) > 0, (
+            "one is there twice, another one not"
+        )
+
+
+def _brings(rank: int, world: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """What a rank adds in the check."""
+    x_N, seen = torch.zeros(count, dtype=dtype), []
+    AllReduce(x_N, Place(rank, rank, world), lambda: seen.append(x_N.clone())).error()
+    return seen[0]
+
+
+def _error(world: int, count: int, dtype: torch.dtype, others: list[torch.Tensor]) -> float:
+    """Rank 0's, when these come to its own, one after the other, as a ring adds them."""
+    x_N = torch.zeros(count, dtype=dtype)
+
+    def call() -> None:
+        for each in others:
+            x_N.add_(each)
+
+    return AllReduce(x_N, Place(0, 0, world), call).error()
 
 
 def test_ceilings_of_another_machine_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from saih import check, jobs, plan, schedulers
+from saih.schedulers import flux, pbs, slurm
 from tests.cluster.slurm import Cluster
+from tests.sites import cpu_site
 from tests.test_slurm import LoginNode
 
 RESOLVABLE = {"MASTER_ADDR": "127.0.0.1"}
@@ -90,3 +94,55 @@ def test_a_job_that_waits_for_ever_is_cancelled(login: LoginNode) -> None:
     assert "still waits in the queue after 3 s (PENDING (" in told
     assert "saih-smoke" not in login.cluster.run("squeue", "--noheader", "--format=%j")
     login.cluster.run("scancel", "--me")
+
+
+def test_a_job_that_hangs_is_cancelled_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the lock of local jobs: nobody else's job is waited for
+    as_planned = plan.pack
+    monkeypatch.setattr(plan, "pack", lambda *given: [replace(job, time_limit_s=4) for job in as_planned(*given)])
+    site = cpu_site(setup=("echo hangs; sleep 100",))
+    *before, finding = check.check(site, tmp_path / "jobs", 60)
+    assert all(each.ok for each in before)
+    assert not finding.ok
+    assert finding.text.startswith("1 node x 1 rank: ")
+    assert finding.tail == ("hangs",)
+    (home,) = tmp_path.glob("jobs/smoke-*/jobs/000")
+    assert schedulers.load("local").states([str(home)])[str(home)].phase == "ended"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "told", "text", "advice"),
+    [
+        ("slurm", "sbatch: error: invalid partition specified: x", "knows no partition x", "sinfo lists them"),
+        ("pbs", "qsub refused job.sh: qsub: Unknown queue", "knows no queue x", "qstat -Q lists them"),
+        ("flux", "flux-batch: ERROR: 'x' is not a valid queue", "knows no queue x", "flux queue list"),
+        (
+            "slurm",
+            "still waits in the queue after 3 s (PENDING (Resources)); cancelled",
+            "still waits",
+            "debug partition",
+        ),
+        ("slurm", "still waits in the queue after 3 s (PENDING (Nodes Down)); cancelled", "still waits", "sinfo -R"),
+        ("pbs", "still waits in the queue after 3 s (Can Never Run: Not enough); cancelled", "still waits", "pbsnodes"),
+        ("pbs", "still waits in the queue after 3 s (H); cancelled", "still waits", "qstat -f says by whom"),
+        ("flux", "still waits in the queue after 3 s (DEPEND); cancelled", "still waits", "submit.dependency"),
+        ("local", "still waits in the queue after 3 s (no reason told); cancelled", "still waits", "--wait"),
+        ("flux", "python: No module named torch", "has no torch", "set python"),
+    ],
+)
+def test_advice_is_in_the_words_of_the_scheduler(
+    scheduler: str, told: str, text: str, advice: str, tmp_path: Path
+) -> None:
+    site = cpu_site(scheduler=scheduler, submit={"partition": "x"})
+    finding = check._explain(site, jobs.SweepFolder(tmp_path), f"1 node x 1 rank: {told}")
+    assert text in finding.text
+    assert advice in finding.advice
+
+
+@pytest.mark.parametrize("module", [pbs, flux])
+def test_nobody_is_told_to_run_another_schedulers_commands(module: schedulers.Scheduler) -> None:
+    common = " ".join(symptom.advice for symptom in check.SYMPTOMS)
+    own = " ".join([*(symptom.advice for symptom in module.SYMPTOMS), *module.WAITS.values(), check.LONGER])
+    for word in {*slurm.COMMANDS, "sinfo", "sacctmgr", "scontrol"} - {"srun"}:
+        assert word not in common + own

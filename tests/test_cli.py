@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import pytest
 
-from saih import __version__, cli, store
+from saih import __version__, cli, discover, site, store
 from tests.synthetic import Scenario, make
 
 VERBS = ("list", "sweep", "status", "resume", "cancel", "gather", "claims", "report", "probe", "site")
@@ -374,3 +374,17 @@ def test_the_command_is_found_on_the_path() -> None:
         pytest.skip("saih is not installed here")
     done = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"saih {__version__}\n"
+
+
+def test_a_site_file_stands_in_its_place_only_if_it_can_be_used(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = ["site", "init", "here", "--scheduler=local", "-o"]
+    assert "my site.yaml: a site's name has only letters" in said(capsys, *init, "my site.yaml", status=2)
+    monkeypatch.setattr(discover, "render", lambda _: "nodes: none\n")
+    assert "nodes: " in said(capsys, *init, "here.yaml", status=2)
+    assert not list(workplace.glob("*.yaml"))
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert "wrote here.yaml" in said(capsys, *init, "here.yaml")
+    assert site.load("here.yaml").name == "here"

@@ -124,8 +124,16 @@ def test_ladders_set_parameters_there_are_and_grow(name: str, axis: Axis) -> Non
 
 @pytest.mark.parametrize(("name", "axis"), specs("AXES"))
 def test_every_rung_has_a_cost(name: str, axis: Axis) -> None:
+    """With everything else at its default, on one rank or, where that makes no sense, on two."""
     spec = workload.spec(name)
-    costs = [spec.cost(defaults(name) | dict(rung.params)) for rung in axis.rungs]
+
+    def cost_of(params: Params) -> Cost:
+        try:
+            return spec.cost(params)
+        except SaihError:
+            return spec.cost({**params, "gpus": 2})
+
+    costs = [cost_of(defaults(name) | dict(rung.params)) for rung in axis.rungs]
     for rung, cost in zip(axis.rungs, costs, strict=True):
         for key, value in numbers(cost).items():
             assert math.isfinite(value), (rung.label, key)
@@ -230,6 +238,13 @@ def test_a_scheduler_defines_every_member(name: str) -> None:
     assert isinstance(scheduler.CANCEL_ON_INTERRUPT, bool)
     assert set(scheduler.SUBMIT) <= set(Submission.model_fields)
     assert scheduler.AGENTS in ("", *launchers.LAUNCHERS)
+    assert all(isinstance(word, str) and word for word in (*scheduler.COMMANDS, *scheduler.QUESTION))
+    assert set(scheduler.QUESTION[:1]) <= {*scheduler.COMMANDS, "sinfo"}
+    site = dict.fromkeys(("partition", "account", "qos", "mpi", "launcher", "data"), "x")
+    for symptom in scheduler.SYMPTOMS:
+        assert symptom.text.format(**site, matched="", **re.compile(symptom.pattern).groupindex)
+        assert symptom.advice
+    assert all(re.compile(pattern) and advice for pattern, advice in scheduler.WAITS.items())
     assert all(callable(getattr(scheduler, member)) for member in ("submit", "find", "states", "cancel"))
 
 
@@ -248,7 +263,9 @@ def test_what_a_site_asks_of_its_scheduler_stands_in_the_script(name: str, tmp_p
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scripts_quote_everything(name: str, hostile: Path) -> None:
-    site = site_for(name, environment={"PLAIN": "1", "HOSTILE": HOSTILE}, setup=("export FROM_SETUP=yes",))
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # what a batch scheduler's node list tells
+    variables = {"PLAIN": "1", "HOSTILE": HOSTILE} | meeting
+    site = site_for(name, environment=variables, setup=("export FROM_SETUP=yes", '[ -z "$NOT_THERE" ]'))
     job = toy_job(hostile / "jobs" / "a b" / "000")
     text = jobs.render(job, f"sweep {HOSTILE}", site)
     checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
@@ -266,7 +283,8 @@ def test_scripts_quote_everything(name: str, hostile: Path) -> None:
     Path(job.folder).mkdir(parents=True)
     script = hostile / "job.sh"
     script.write_text(text)
-    granted = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # what a batch scheduler's node list tells
+    left_behind = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "7")  # by a profile
+    granted = os.environ | left_behind
     granted["TMPDIR"] = str(hostile)  # the lock of local jobs: nobody else's job is waited for
     words = ["bash", str(script)]
     done = subprocess.run(words, cwd="/", env=granted, capture_output=True, text=True, check=True)
@@ -278,7 +296,20 @@ def test_scripts_quote_everything(name: str, hostile: Path) -> None:
     assert seen["environment"]["PLAIN"] == "1"
     assert seen["environment"]["FROM_SETUP"] == "yes"
     assert seen["environment"]["OMP_NUM_THREADS"] == "2"
+    assert "7" not in {seen["environment"].get(each) for each in left_behind}
     assert not [path for path in (hostile / "oops", Path("/oops")) if path.exists()]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_an_unset_variable_is_a_mistake_in_all_but_the_set_up_lines(name: str, tmp_path: Path) -> None:
+    """What modules and conda bring along looks at variables like PS1, which a job does not have."""
+    text = jobs.render(toy_job(tmp_path), "sweep", site_for(name, setup=('case "$PS1" in esac',)))
+    for line, status in {'case "$PS1" in esac': 0, "set -u": 1}.items():
+        upto = text[: text.rindex(f"\n{line}\n") + len(line) + 1].replace("\nexec >>", "\n: >>")
+        done = subprocess.run(
+            ["bash"], input=f'{upto}\n: "$PS1"\n', env={}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stderr
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -369,6 +400,10 @@ from saih.schedulers import State
 
 TEMPLATE = "local.sh.j2"
 SUBMIT = ()
+COMMANDS = ("bash",)
+QUESTION = ()
+SYMPTOMS = ()
+WAITS = {}
 AGENTS = ""
 MAX_QUEUED = 2
 SHORTEST_PAUSE_S = LONGEST_PAUSE_S = 0.1

@@ -103,7 +103,8 @@ def test_every_documented_command_is_one_the_command_line_takes(
     """Parsed by the real parser; sweeps are also planned by the sweep language, so axes and rungs exist."""
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     (tmp_path / "sites").mkdir()
-    (tmp_path / "sites" / "cluster.yaml").write_text(Cluster(tmp_path).site())  # what make cluster writes
+    for name, launcher in {"cluster": "srun", "cluster-mpi": "mpiexec"}.items():  # what make cluster writes
+        (tmp_path / "sites" / f"{name}.yaml").write_text(Cluster(tmp_path).site(launcher))
     monkeypatch.chdir(tmp_path)
     options = cli._parser().parse_args(words_of(command))
     if options.verb is cli.sweep:

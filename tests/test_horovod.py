@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 
 from saih import store
+from saih.errors import SaihError
+from workloads.cosmology.cosmoflow import parallel
 
 ROOT = Path(__file__).parent.parent
 COMPARE = """
-import json, sys
+import json, sys, threading
 import torch, torch.distributed as dist
 from saih import launchers, workload
 from saih.core import Context, Point
@@ -26,7 +28,7 @@ place = launchers.place()
 torch.set_num_threads(1)
 dist.init_process_group("gloo", rank=place.rank, world_size=place.world)
 defaults = {name: each.default for name, each in workload.parameters(spec).items()}
-gradients = {}
+gradients, threads = {}, []
 for backend in ("ddp", "horovod", "ddp", "horovod"):  # Horovod stops and starts again
     params = defaults | {"gpus": place.world, "mesh": 16, "width": 4, "samples": 4, "backend": backend}
     training = bench.setup(Point("cosmoflow", params, seed=7), Context(place, "cpu", sys.argv[1]))
@@ -38,12 +40,34 @@ for backend in ("ddp", "horovod", "ddp", "horovod"):  # Horovod stops and starts
     check = training.check()
     assert check.passed, check.why
     training.close()
+    threads.append(threading.active_count())
+assert threads[1] == threads[3], f"a server is left behind: {threads} threads"
 alone = gradients["ddp"].clone()
 dist.broadcast(alone, 0)
 assert torch.equal(alone, gradients["ddp"])
 if place.rank == 0:
     difference = (gradients["ddp"] - gradients["horovod"]).norm() / gradients["ddp"].norm()
     print(json.dumps({"difference": float(difference), "norm": float(gradients["ddp"].norm())}))
+dist.destroy_process_group()
+"""
+
+
+TWO_NODES = """
+import os, socket
+import torch.distributed as dist
+from saih import launchers
+from saih.core import Place
+from workloads.cosmology.cosmoflow import parallel
+
+rank = launchers.place().rank
+dist.init_process_group("gloo", rank=rank, world_size=2)
+os.environ["MASTER_ADDR"] = "first-node"
+socket.gethostbyname = {"first-node": ("127.0.1.1", "127.0.0.1")[rank]}.__getitem__
+hvd, rendezvous = parallel.start_horovod(Place(rank, 0, 2), "cpu")
+assert hvd.size() == 2
+assert os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"] == "127.0.0.1", "as the other node sees it"
+hvd.shutdown()
+assert (rendezvous is not None) == (rank == 0)
 dist.destroy_process_group()
 """
 
@@ -76,6 +100,25 @@ def test_gradients_equal_those_of_ddp(tmp_path: Path) -> None:
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["norm"] > 0
     assert told["difference"] < 1e-6
+
+
+@pytest.mark.usefixtures("horovod")
+def test_ranks_meet_where_the_other_nodes_see_the_first_one(tmp_path: Path) -> None:
+    """On Debian a host's own name stands for a loopback, which nobody else reaches."""
+    (tmp_path / "nodes.py").write_text(TWO_NODES)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "nodes.py"]
+    done = run([sys.executable, *words], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("horovod")
+def test_an_address_no_interface_leads_to_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    assert parallel._interface_to("127.0.0.1") == "lo"
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth0": []})
+    with pytest.raises(SaihError, match=r"no network interface of .* has 127\.0\.0\.1, by which it reaches"):
+        parallel._interface_to("127.0.0.1")
 
 
 @pytest.mark.usefixtures("horovod")

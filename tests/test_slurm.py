@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,10 +17,11 @@ from saih import store
 from saih.errors import SaihError
 from saih.files import read_json
 from saih.schedulers import State, expand, slurm
-from tests.cluster.slurm import Cluster, cluster
+from tests.cluster.slurm import Cluster, cluster, is_alive
 from tests.commands import Commands
 
-TOYS = Path(__file__).parent / "toys"
+ROOT = Path(__file__).parent.parent
+TOYS = ROOT / "tests" / "toys"
 OPEN_MPI_AS_ROOT = '  OMPI_ALLOW_RUN_AS_ROOT: "1"\n  OMPI_ALLOW_RUN_AS_ROOT_CONFIRM: "1"\n'
 QUICK = "--set=seconds=0,steps=3,warmup=1"
 
@@ -128,6 +130,59 @@ def test_mpi_reduces_over_the_ranks_that_srun_starts(login: LoginNode, require: 
     sweep = ["sweep", "ceilings", "--no-probe", "--site=pmi2", "--repeat=1", "--axis=transport=mpi", "--axis=nodes=1,2"]
     assert "2 measured" in login.saih(*sweep, "--set=gpus=2,kernel=allreduce", QUICK)
     assert sorted(store.load(login.results())["ranks"]) == [2, 4]
+
+
+def test_a_rank_that_does_not_even_start_ends_the_job(login: LoginNode) -> None:
+    """The others would wait for it for minutes: saih gives up here before they would."""
+    script = login.folder / "python"
+    script.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID" != 1 ] || exit 7\nexec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    site = login.folder / "sites" / "srun.yaml"
+    site.write_text(site.read_text() + f"python: {script}\n")
+    sweep = ["sweep", "faulty", "--no-probe", "--site=srun", "--repeat=1", "--axis=size=1", "--set=gpus=2", QUICK]
+    driver = login.start(*sweep)
+    output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 1, output
+    points = store.load(login.results())
+    assert list(points["kind"]) == ["not-started"]
+    assert "exit code 7" in points["log_tail"][0]
+
+
+def test_one_rank_that_fails_ends_the_others_where_they_are(login: LoginNode) -> None:
+    """The other ones are in a step of ten minutes."""
+    words = ["--axis=fault=error-on-last-rank", "--set=gpus=2,nodes=2,seconds=0,steps=1,warmup=0,step_ms=600000"]
+    driver = login.start("sweep", "faulty", "--no-probe", "--site=srun", "--repeat=1", *words)
+    output, _ = driver.communicate(timeout=100)
+    assert driver.returncode == 1, output
+    assert list(store.load(login.results())["reason"]) == ["ValueError: this point is <b>broken</b>"]
+
+
+def test_a_batch_script_is_no_rank(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """Only what srun starts is; Slurm gives a rank to the script, too."""
+    ask = [sys.executable, "-c", "from saih import launchers; print(launchers.find_place())"]
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{shlex.join(ask)}\nsrun --ntasks=1 {shlex.join(ask)}\n")
+    words = [f"--chdir={ROOT}", f"--output={tmp_path}/told", "--wait", "--ntasks=2", str(tmp_path / "job.sh")]
+    slurm_cluster.run("sbatch", *words)
+    assert (tmp_path / "told").read_text().splitlines() == ["None", "Place(rank=0, local_rank=0, world=1)"]
+
+
+def test_a_cluster_leaves_no_daemon_behind_when_it_is_terminated(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    started = subprocess.Popen(
+        [sys.executable, "-m", "tests.cluster.slurm", str(tmp_path / "cluster")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stdout is not None
+    assert any("Ctrl-C stops" in line for line in started.stdout)
+    pids = [int(path.read_text()) for path in (tmp_path / "cluster").glob("*.pid")]
+    assert len(pids) == 6
+    assert all(is_alive(pid) for pid in pids)
+    started.terminate()
+    started.wait(timeout=60)
+    assert not [pid for pid in pids if is_alive(pid)]
+    assert {path.name for path in (tmp_path / "sites").iterdir()} == {"cluster.yaml", "cluster-mpi.yaml"}
 
 
 @pytest.mark.usefixtures("horovod")

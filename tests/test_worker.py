@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +185,48 @@ def test_a_damaged_pack_is_named(tmp_path: Path, content: object) -> None:
     write_json(tmp_path / "pack.json", content)
     with pytest.raises(SaihError, match=r"pack\.json: "):
         worker.Pack.read(tmp_path / "pack.json")
+
+
+@pytest.mark.parametrize(("ranks", "status"), [(1, 1), (2, -signal.SIGKILL)])
+def test_a_rank_that_cannot_begin_says_why_and_is_not_alone_in_its_end(ranks: int, status: int, tmp_path: Path) -> None:
+    """By a signal where there are others: MPICH's mpiexec would leave them waiting after an exit status."""
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+    done = subprocess.run(
+        [sys.executable, "-m", "saih.worker", str(tmp_path / "pack.json")],
+        env=os.environ | told,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status
+    assert re.match(r"saih worker: .*pack\.json", done.stderr)
+
+
+def test_ranks_that_never_come_are_not_waited_for_as_long_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(worker, "MEETING", datetime.timedelta(seconds=1))
+    with pytest.raises(torch.distributed.DistStoreError), worker._process_group(Place(0, 0, 2), "cpu"):
+        pass
+
+
+def _late(rank: int, folder: str) -> None:
+    worker.MEETING = datetime.timedelta(seconds=2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    with worker._process_group(Place(rank, rank, 2), "cpu"):
+        worker._refuse_mixed_ranks(dict.fromkeys(environment.MACHINE_KEYS, "same"), "cpu")
+        worker._be_patient()
+        time.sleep(4 * rank)
+        torch.distributed.barrier()
+
+
+def test_ranks_that_have_met_wait_longer_for_each_other(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(_late, (str(tmp_path),), nprocs=2)
 
 
 def test_a_process_no_launcher_started_is_told_so() -> None:

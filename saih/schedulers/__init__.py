@@ -4,6 +4,10 @@ A scheduler module defines
 
 - `TEMPLATE`: file name of its job script's Jinja2 template in saih/templates, or in ./templates to override it;
 - `SUBMIT`: the keys of a site's `submit` it has a notion of; a site that states another is refused;
+- `COMMANDS`: the programs it needs on the PATH where saih runs;
+- `QUESTION`: the words of a command that prints something where this scheduler is in charge; () if none does;
+- `SYMPTOMS`: words of its refusals, what they mean and what to try, for `saih site check`;
+- `WAITS`: words of a waiting job's `State.detail`, and what to try;
 - `AGENTS`: the launcher by which torchrun starts its agent on each of several nodes;
 - `MAX_QUEUED`: how many jobs of one sweep it is handed at a time, where the site does not say;
 - `SHORTEST_PAUSE_S`, `LONGEST_PAUSE_S`: between two questions for states; the pause grows while nothing changes;
@@ -22,7 +26,7 @@ import pkgutil
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -45,11 +49,25 @@ class State:
     nodes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Symptom:
+    """Words of a log or a refusal, what they mean, and what to try."""
+
+    pattern: str
+    text: str
+    """With {partition}, {account}, {qos}, {mpi}, {launcher}, {data} of the site, and the groups of the pattern."""
+    advice: str
+
+
 class Scheduler(Protocol):
     """What a scheduler module defines."""
 
     TEMPLATE: str
     SUBMIT: tuple[str, ...]
+    COMMANDS: tuple[str, ...]
+    QUESTION: tuple[str, ...]
+    SYMPTOMS: tuple[Symptom, ...]
+    WAITS: Mapping[str, str]
     AGENTS: str
     MAX_QUEUED: int
     SHORTEST_PAUSE_S: float

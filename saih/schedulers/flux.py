@@ -10,10 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from saih.errors import SaihError
-from saih.schedulers import Cause, State, ask, call, expand, first_line, job_id, job_name, number_of
+from saih.schedulers import Cause, State, Symptom, ask, call, expand, first_line, job_id, job_name, number_of
 
 TEMPLATE = "flux.sh.j2"
 SUBMIT = ("account", "partition", "constraint", "dependency", "exclusive", "extra")
+COMMANDS = ("flux",)
+QUESTION = ("flux", "resource", "list")
+SYMPTOMS = (
+    Symptom(
+        r"is not a valid queue",
+        "the scheduler knows no queue {partition}",
+        "flux queue list names them; put one in submit.partition",
+    ),
+)
+WAITS = {
+    r"DEPEND": "it waits for another job: submit.dependency",
+    r"SCHED": "the machine is busy: a larger --wait; flux queue list shows where else",
+}
 AGENTS = "flux"
 MAX_QUEUED = 20
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0

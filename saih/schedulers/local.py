@@ -15,10 +15,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from saih.schedulers import State
+from saih.schedulers import State, Symptom
 
 TEMPLATE = "local.sh.j2"
 SUBMIT: tuple[str, ...] = ()
+COMMANDS = ("bash", "flock", "timeout")
+QUESTION: tuple[str, ...] = ()
+SYMPTOMS: tuple[Symptom, ...] = ()
+WAITS: dict[str, str] = {}
 AGENTS = ""  # it has one node
 MAX_QUEUED = 1
 SHORTEST_PAUSE_S = LONGEST_PAUSE_S = 0.1

@@ -12,10 +12,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saih.errors import SaihError
-from saih.schedulers import Cause, State, ask, call, first_line, job_id, job_name, number_of
+from saih.schedulers import Cause, State, Symptom, ask, call, first_line, job_id, job_name, number_of
 
 TEMPLATE = "pbs.sh.j2"
 SUBMIT = ("account", "partition", "constraint", "gres", "dependency", "exclusive", "extra")
+COMMANDS = ("qsub", "qstat", "qselect", "qdel")
+QUESTION = ("qstat", "-Q")
+SYMPTOMS = (
+    Symptom(
+        r"[Uu]nknown queue",
+        "the scheduler knows no queue {partition}",
+        "qstat -Q lists them; name one in submit.partition",
+    ),
+    Symptom(
+        r"violates queue and/or server resource limits",
+        "the job asks for more, or for less, than queue {partition} gives one job",
+        "compare nodes, gpus_per_node x threads_per_rank and job_minutes with: qstat -Qf",
+    ),
+)
+WAITS = {
+    r"Can Never Run": "it asks for what the machine does not have: compare nodes and gpus_per_node with pbsnodes -a",
+    r"Insufficient amount|Not enough": "the machine is busy: a larger --wait, or a debug queue",
+    r"\(H\)": "it is held: qstat -f says by whom",
+}
 AGENTS = "mpiexec"
 MAX_QUEUED = 20
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0

@@ -1,4 +1,7 @@
-"""Slurm: sbatch, one squeue for all states, sacct or scontrol for what squeue has forgotten, scancel."""
+"""Slurm: sbatch, one squeue for all states, sacct for what squeue has forgotten, scancel.
+
+Without accounting nobody knows how such a job ended: squeue and scontrol forget it at the same time, after MinJobAge.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saih.errors import SaihError
-from saih.schedulers import Cause, State, ask, call, expand, first_line, job_id, job_name, number_of
+from saih.schedulers import Cause, State, Symptom, ask, call, expand, first_line, job_id, job_name, number_of
 
 TEMPLATE = "slurm.sh.j2"
 SUBMIT = ("account", "partition", "qos", "constraint", "reservation", "gres", "dependency", "exclusive", "extra")
+COMMANDS = ("sbatch", "squeue", "scancel", "srun")
+QUESTION = ("sinfo", "--noheader")
 AGENTS = "srun"
 MAX_QUEUED = 20
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
@@ -37,6 +42,45 @@ CAUSES: dict[str, Cause] = {
     "REVOKED": "cancelled",
 }
 """All other ends (COMPLETED, FAILED) are the job's own doing."""
+SYMPTOMS = (
+    Symptom(
+        r"[Ii]nvalid partition",
+        "the scheduler knows no partition {partition}",
+        "sinfo lists them; name one in submit.partition",
+    ),
+    Symptom(
+        r"[Ii]nvalid account",
+        "the scheduler does not let you use account {account} in partition {partition}",
+        "sacctmgr show associations user=$USER lists yours; name one in submit.account",
+    ),
+    Symptom(r"[Ii]nvalid qos", "the scheduler does not let you use QOS {qos}", "set submit.qos to one you may use"),
+    Symptom(
+        r"[Ii]nvalid generic resource",
+        "the scheduler does not have the GPUs asked for under that name",
+        "sinfo -o '%P %G' shows them; set submit.gres, or gpus_per_node",
+    ),
+    Symptom(
+        r"time limit is invalid|PartitionTimeLimit|exceeds? .*time limit",
+        "the job asks for more time than it may have",
+        "lower job_minutes",
+    ),
+    Symptom(
+        r"[Nn]ode count|More processors requested|[Rr]equested node configuration|PartitionNodeLimit",
+        "the job asks for more than the partition's nodes have, or for more nodes",
+        "compare nodes, gpus_per_node x threads_per_rank and submit with: scontrol show partition",
+    ),
+    Symptom(
+        r"specified plugin name for mpi|Invalid MPI type",
+        "srun does not offer the PMI that the site names: mpi: {mpi}",
+        "srun --mpi=list shows what it offers; set mpi: to one of these, or leave it out",
+    ),
+)
+WAITS = {
+    r"Limit": "a limit of partition, account or QOS holds it back: ask for less, or use another",
+    r"Down|Inactive|NotAvail|Drain": "the partition or its nodes are not available: sinfo -R says why",
+    r"Priority|Resources": "the machine is busy: a larger --wait, a debug partition or QOS",
+    r"Held|Hold": "it is held: scontrol show job says by whom",
+}
 
 
 def submit(script: Path) -> str:
@@ -57,7 +101,7 @@ def find(home: Path) -> str | None:
 
 
 def states(ids: Sequence[str]) -> dict[str, State]:
-    """One squeue for all; sacct, or scontrol where there is no accounting, for those it has forgotten.
+    """One squeue for all; sacct, where there is accounting, for those it has forgotten.
 
     While the controller does not answer, a job is "queued": nothing is known to have happened to it.
     """

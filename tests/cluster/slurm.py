@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -174,11 +175,11 @@ class Cluster:
                 pids.append(int((self.folder / name).read_text()))
                 os.kill(pids[-1], signal.SIGTERM)
         deadline = time.monotonic() + STOP_S
-        while time.monotonic() < deadline and any(_is_alive(pid) for pid in pids):
+        while time.monotonic() < deadline and any(is_alive(pid) for pid in pids):
             time.sleep(0.02)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:
@@ -193,14 +194,27 @@ def missing_programs() -> list[str]:
 
 @contextlib.contextmanager
 def cluster(folder: Path, nodes: int = 4) -> Iterator[Cluster]:
-    """A cluster that runs inside the `with`."""
+    """A cluster that runs inside the `with`, which SIGTERM ends as Ctrl-C does: daemons would outlive this process."""
     folder.mkdir(parents=True, exist_ok=True)
     running = Cluster(folder, nodes)
+    with _sigterm_interrupts():
+        try:
+            running.start()
+            yield running
+        finally:
+            running.stop()
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        running.start()
-        yield running
+        yield
     finally:
-        running.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _found(program: str) -> str | None:
@@ -227,17 +241,18 @@ def _free_ports(count: int) -> int:
 
 
 def main() -> None:
-    """Run a cluster until Ctrl-C."""
+    """Run a cluster until Ctrl-C or SIGTERM."""
     folder = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else Path("cluster").absolute()
     with cluster(folder) as running:
         Path("sites").mkdir(exist_ok=True)
         Path("sites/cluster.yaml").write_text(running.site())
+        Path("sites/cluster-mpi.yaml").write_text(running.site("mpiexec"))
         print(f"export SLURM_CONF={running.environment['SLURM_CONF']}")
         print("saih sweep cosmoflow --axis data=16,32 --axis nodes=1,2 --site cluster   # in another terminal")
         print("Ctrl-C stops the cluster", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.pause()
+        signal.pause()
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

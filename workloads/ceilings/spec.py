@@ -57,9 +57,11 @@ def channels(params: Params) -> int:
 
 
 def cost(params: Params) -> Cost:
-    """One call. Raises SaihError for numbers that MPI has no type for."""
+    """One call. Raises SaihError for an all-reduce on one rank, and for numbers that MPI has no type for."""
     n, word = int(params["size"]), 2 if params["precision"] == "bf16" else 4
     if params["kernel"] == "allreduce":
+        if int(params["nodes"]) * int(params["gpus"]) == 1:
+            raise SaihError("an all-reduce wants several ranks: --set gpus=2")
         message = float(params["message_bytes"])
         if params["transport"] == "mpi" and params["precision"] == "bf16":
             raise SaihError("MPI has no bf16; transport=mpi goes with precision=fp32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = Recipe(options.mesh, options.channels, options.seed, options.samples)
         made = generate(options.folder, recipe, communicator.rank, communicator.size)
-    except (ValueError, OSError) as mistake:
-        print(f"generate: {mistake}", file=sys.stderr, flush=True)
+    except Exception as error:
+        told = f"generate: {error}\n" if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
+        print(told, end="", file=sys.stderr, flush=True)
         communicator.Abort(2)  # the other ranks would wait for this one
     own = np.array([made, time.perf_counter() - start_s])
     every_rank = np.empty((communicator.size, 2)) if communicator.rank == 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from typing import Any, Protocol, cast
@@ -84,7 +85,7 @@ class Horovod:
 
     def __init__(self, network: nn.Module, place: Place, device: str) -> None:
         self.model = network
-        self.hvd = start_horovod(place, device)
+        self.hvd, self.rendezvous = start_horovod(place, device)
         self.hvd.broadcast_parameters({name: _flat(each.data) for name, each in network.named_parameters()}, 0)
         self.handles: list[int] = []
         self.hooks = [each.register_post_accumulate_grad_hook(self._reduce) for each in network.parameters()]
@@ -102,6 +103,8 @@ class Horovod:
         for hook in self.hooks:
             hook.remove()
         self.hvd.shutdown()
+        if self.rendezvous is not None:
+            self.rendezvous.stop()
 
     def _reduce(self, parameter: Tensor) -> None:
         name = f"gradient {len(self.handles)}"  # backward's order is the same on every rank
@@ -113,26 +116,28 @@ def _flat(dense: Tensor) -> Tensor:
     return dense.as_strided((dense.numel(),), (1,))
 
 
-def start_horovod(place: Place, device: str) -> Any:
-    """`horovod.torch`, initialised, whichever launcher started the ranks; they stand node by node.
+def start_horovod(place: Place, device: str) -> tuple[Any, Any]:
+    """`horovod.torch`, initialised, whichever launcher started the ranks, and the server to stop after it on rank 0.
 
-    Horovod's ranks meet at an HTTP server that horovodrun would start; here rank 0 does, on the job's MASTER_ADDR.
+    Ranks stand node by node. They meet at an HTTP server that horovodrun would start; here rank 0 does, on the job's
+    MASTER_ADDR. Who does not come is waited for as long as HOROVOD_GLOO_TIMEOUT_SECONDS says, 30 unless set.
 
     Raises:
-        SaihError: Horovod is not installed, or counts the ranks differently.
+        SaihError: Horovod is not installed, or counts the ranks differently; no interface leads to MASTER_ADDR.
     """
     try:
         import horovod.torch as hvd
     except ImportError as error:
         raise SaihError(f"backend=horovod needs Horovod ({error}); build and install it with: make horovod") from None
-    agreed = torch.tensor([place.local_rank + 1, 0], device=device)
+    # The last node says where the first one is: that one may have its own name on a loopback, as Debian does.
+    seen = _address_of_the_first_node() if place.rank == place.world - 1 else 0
+    agreed = torch.tensor([place.local_rank + 1, seen, 0], device=device)
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
     per_node = int(agreed[0])
     nodes = place.world // per_node
-    if place.rank == 0:
-        agreed[1] = _start_rendezvous(nodes, per_node)
+    rendezvous, agreed[2] = _start_rendezvous(nodes, per_node) if place.rank == 0 else (None, 0)
     dist.broadcast(agreed, 0)
-    address = socket.gethostbyname(os.environ["MASTER_ADDR"])
+    address = str(ipaddress.IPv4Address(int(agreed[1])))
     os.environ.update(
         HOROVOD_RANK=str(place.rank),
         HOROVOD_SIZE=str(place.world),
@@ -144,18 +149,27 @@ def start_horovod(place: Place, device: str) -> Any:
         HOROVOD_CONTROLLER="gloo",
         HOROVOD_CPU_OPERATIONS="gloo",
         HOROVOD_GLOO_RENDEZVOUS_ADDR=address,
-        HOROVOD_GLOO_RENDEZVOUS_PORT=str(int(agreed[1])),
+        HOROVOD_GLOO_RENDEZVOUS_PORT=str(int(agreed[2])),
         HOROVOD_GLOO_IFACE=_interface_to(address),
     )
     os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_MS)
     hvd.init()
     if (hvd.rank(), hvd.size()) != (place.rank, place.world):
         raise SaihError(f"Horovod calls rank {place.rank} of {place.world} rank {hvd.rank()} of {hvd.size()}")
-    return hvd
+    return hvd, rendezvous
 
 
-def _start_rendezvous(nodes: int, per_node: int) -> int:
-    """The port of a server that lives as long as this process."""
+def _address_of_the_first_node() -> int:
+    """MASTER_ADDR as this host knows it: an IPv4 address as a number."""
+    name = os.environ["MASTER_ADDR"]
+    try:
+        return int(ipaddress.IPv4Address(socket.gethostbyname(name)))
+    except OSError as error:
+        raise SaihError(f"MASTER_ADDR: {socket.gethostname()} knows no address of {name} ({error})") from None
+
+
+def _start_rendezvous(nodes: int, per_node: int) -> tuple[Any, int]:
+    """A server that the ranks meet at, and its port."""
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
     from horovod.runner.http.http_server import RendezvousServer
 
@@ -163,7 +177,7 @@ def _start_rendezvous(nodes: int, per_node: int) -> int:
     port = server.start()
     hosts = ",".join(f"{_node(node)}:{per_node}" for node in range(nodes))
     server.init(get_host_assignments(parse_hosts(hosts), nodes * per_node))
-    return int(port)
+    return server, int(port)
 
 
 def _node(number: int) -> str:
@@ -178,5 +192,7 @@ def _interface_to(address: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # sends nothing
         own = probe.getsockname()[0]
-    found = (name for name, given in psutil.net_if_addrs().items() if own in {each.address for each in given})
-    return str(next(found))
+    for name, given in psutil.net_if_addrs().items():
+        if own in {each.address for each in given}:
+            return str(name)
+    raise SaihError(f"no network interface of {socket.gethostname()} has {own}, by which it reaches {address}")
