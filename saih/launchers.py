@@ -74,11 +74,7 @@ ENVIRONMENTS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
     ("HOROVOD_RANK", "HOROVOD_LOCAL_RANK", "HOROVOD_SIZE"),  # horovodrun
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),  # MPICH's mpiexec; inside Slurm its proxies have a SLURM_PROCID too
-    (
-        "PMI_RANK",
-        "PMI_LOCAL_RANK",
-        "PMI_SIZE",
-    ),  # Cray's (PALS): see argonne-lcf/alcf-nccl-tests on GitHub
+    ("PMI_RANK", "PMI_LOCAL_RANK", "PMI_SIZE"),  # Cray's (PALS): see argonne-lcf/alcf-nccl-tests on GitHub
     ("FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID", "FLUX_JOB_SIZE"),  # flux run, which sets PMI_RANK and PMI_SIZE too
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),  # srun; a batch script is rank 0 of SLURM_NTASKS, too
 )
