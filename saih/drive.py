@@ -40,6 +40,10 @@ class Progress:
     """Jobs that are queued or running, by id."""
 
 
+LINGER_S = 60.0
+"""How long a job may go on when nothing can come of it any more; some launchers do not notice that ranks are gone."""
+
+
 @dataclass
 class LiveJob:
     """A job that has not ended, its points, and where its events have been read to."""
@@ -47,6 +51,10 @@ class LiveJob:
     home: Path
     points: tuple[Point, ...]
     events: Iterator[list[dict[str, Any]]]
+    over_s: float | None = None
+    """When the last thing happened that can come of it, on the monotonic clock."""
+    given_up: bool = False
+    """Whether it lingered, and was cancelled for that."""
 
     @classmethod
     def of(cls, home: Path) -> LiveJob:
@@ -165,6 +173,7 @@ class Drive:
             self.progress.jobs = states
             ended = [name for name, state in states.items() if state.phase == "ended"]
             self._read_news()
+            self._end_lingering()
             for name in ended:
                 self._settle(self.live.pop(name), states[name])
             watch(self.progress)
@@ -187,6 +196,17 @@ class Drive:
         for job in self.live.values():
             for event in next(job.events):
                 self._note(event)
+                done = self.progress.measured | self.progress.failed
+                launch_failed = event["event"] == "failed" and job.points[0].ranks > 1
+                over = launch_failed or all(point.id in done for point in job.points)
+                job.over_s = time.monotonic() if over else None
+
+    def _end_lingering(self) -> None:
+        """Cancel jobs that only hold an allocation: all points are dealt with, or one of several ranks has failed."""
+        for name, job in self.live.items():
+            if job.over_s is not None and time.monotonic() - job.over_s > LINGER_S and not job.given_up:
+                job.given_up = True
+                self.scheduler.cancel([name])
 
     def _note(self, event: Mapping[str, Any]) -> None:
         point = self.progress.waiting.get(event["point"])
@@ -200,6 +220,8 @@ class Drive:
 
     def _settle(self, job: LiveJob, state: State) -> None:
         """A job has ended: what it measured is done; of the rest, its end says what is tried again and what failed."""
+        if job.given_up:
+            state = replace(state, cause="", detail=f"{state.detail} by saih, for its ranks were gone")
         _note_end(job.home, state)
         progress = self.progress
         progress.measured |= {point.id for point in job.points if self.folder.is_measured(point)}

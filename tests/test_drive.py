@@ -166,6 +166,37 @@ def test_other_ends_are_not_tried_again(
     assert [failure["kind"] for failure in outcome.failures.values()] == [kind] * 2
 
 
+def test_a_job_that_lingers_is_ended_and_its_rest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two ranks failed at the second of three points, and the launcher did not notice."""
+    folder = SweepFolder(tmp_path / "s")
+
+    class Lingering(Scripted):
+        def submit(self, script: Path) -> str:
+            home = super().submit(script)
+            points = [Point.from_json(value) for value in read_json(Path(home) / "pack.json")["points"]]
+            if len(points) == 3:
+                with open(Path(home) / "events.jsonl", "a") as file:
+                    file.write(json.dumps({"event": "failed", "point": points[1].id}) + "\n")
+                self.states_of[home] = State("running")
+            return home
+
+        def cancel(self, ids: Sequence[str]) -> None:
+            self.states_of |= dict.fromkeys(ids, State("ended", "cancelled", "CANCELLED"))
+
+    def end(points: list[Point]) -> tuple[int, bool, State]:
+        return (1, True, State("running")) if len(points) == 3 else (len(points), False, State("ended"))
+
+    monkeypatch.setattr(schedulers, "load", lambda name: Lingering(folder, end))
+    monkeypatch.setattr(drive, "LINGER_S", 0.05)
+    common = {each.name: each.default for each in COMMON} | {"gpus": 2}
+    points = [Point("smoke", common | {"steps": 1 + number}) for number in range(3)]
+    kept = tuple(Forecast(point, Cost(0.0, 1.0), 0.0, 10.0) for point in points)
+    progress = drive.run(folder, Plan(Sweep("smoke", ()), "s", cpu_site(), kept, ()))
+    assert progress.measured == {points[0].id, points[2].id}
+    assert progress.failed == {points[1].id}
+    assert "by saih" in read_json(folder.jobs / "000" / "ended.json")["detail"]
+
+
 class Refusing(Scripted):
     """Refuses every job but the first while that one runs; `lost_answer` accepts them all the same."""
 
