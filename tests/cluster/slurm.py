@@ -245,8 +245,8 @@ def main() -> None:
     folder = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else Path("cluster").absolute()
     with cluster(folder) as running:
         Path("sites").mkdir(exist_ok=True)
-        Path("sites/cluster.yaml").write_text(running.site())
-        Path("sites/cluster-mpi.yaml").write_text(running.site("mpiexec"))
+        for name, launcher in (("cluster", "srun"), ("cluster-mpi", "mpiexec")):
+            Path(f"sites/{name}.yaml").write_text(running.site(launcher) + "time_budget: 2m\n")
         print(f"export SLURM_CONF={running.environment['SLURM_CONF']}")
         print("saih sweep cosmoflow --axis data=16,32 --axis nodes=1,2 --site cluster   # in another terminal")
         print("Ctrl-C stops the cluster", flush=True)

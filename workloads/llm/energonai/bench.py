@@ -65,8 +65,8 @@ class Windows:
             for future in futures:
                 future.result()
         self.worker.use(Unclocked())
-        moved = sum(operation.moved_bytes for operation in self.cost.operations)
-        return Work(self.cost.work, self.cost.flop, moved)
+        computed = () if self.cost.emulated_s else self.cost.operations
+        return Work(self.cost.work, self.cost.flop, sum(operation.moved_bytes for operation in computed))
 
     def check(self) -> Check:
         """While commands are picked up at random, every ticket's result is that of its own batch.
