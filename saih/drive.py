@@ -175,7 +175,7 @@ class Drive:
             self._read_news()
             self._end_lingering()
             for name in ended:
-                self._settle(self.live.pop(name), states[name])
+                self._settle(name, self.live.pop(name), states[name])
             watch(self.progress)
             if ended:
                 return
@@ -218,10 +218,12 @@ class Drive:
         if event["event"] == "failed":
             self.progress.failed.add(point.id)
 
-    def _settle(self, job: LiveJob, state: State) -> None:
+    def _settle(self, name: str, job: LiveJob, state: State) -> None:
         """A job has ended: what it measured is done; of the rest, its end says what is tried again and what failed."""
         if job.given_up:
             state = replace(state, cause="", detail=f"{state.detail} by saih, for its ranks were gone")
+        if state.cause == "boot-fail":
+            self.scheduler.cancel([name])  # some schedulers keep it in the queue, held
         _note_end(job.home, state)
         progress = self.progress
         progress.measured |= {point.id for point in job.points if self.folder.is_measured(point)}

@@ -245,8 +245,9 @@ SLOW += ["--set=slow_s=100,seconds=0,steps=1,warmup=0"]
 
 
 @pytest.fixture
-def quiet_cluster(slurm_cluster: Cluster, tmp_path: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path / "quiet", nodes=1) as running:
+def quiet_cluster(slurm_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """In a folder of short name: Slurm makes sockets below it, and their paths have at most 108 letters."""
+    with cluster(tmp_path_factory.mktemp("quiet"), nodes=1) as running:
         yield running
 
 
@@ -367,6 +368,13 @@ def test_why_a_job_waits_is_told() -> None:
     assert slurm.state_of("PENDING", "", "PartitionTimeLimit").detail == "PENDING (PartitionTimeLimit)"
     assert slurm.state_of("PENDING", "", "None").detail == "PENDING"
     assert slurm.state_of("RUNNING", "n1", "None") == State("running", detail="RUNNING", nodes=("n1",))
+
+
+def test_a_job_held_because_its_node_could_not_start_it_is_tried_elsewhere() -> None:
+    """Slurm requeues it with a hold, and there it stays for ever."""
+    held = slurm.state_of("PENDING", "", "launch failed requeued held")
+    assert held == State("ended", "boot-fail", "PENDING (launch failed requeued held)")
+    assert slurm.state_of("PENDING", "", "Resources").phase == "queued"
 
 
 @pytest.mark.parametrize(

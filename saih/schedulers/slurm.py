@@ -42,6 +42,8 @@ CAUSES: dict[str, Cause] = {
     "REVOKED": "cancelled",
 }
 """All other ends (COMPLETED, FAILED) are the job's own doing."""
+HELD = "launch failed requeued held"
+"""Why a job waits that its node could not start: for somebody to release it, so for ever."""
 SYMPTOMS = (
     Symptom(
         r"[Ii]nvalid partition",
@@ -146,7 +148,8 @@ def state_of(word: str, nodes: str, reason: str = "") -> State:
     key = word.split()[0].rstrip("+")
     where = expand(nodes)
     if key in QUEUED:
-        return State("queued", detail=f"{key} ({reason})" if reason not in ("", "None") else key)
+        detail = f"{key} ({reason})" if reason not in ("", "None") else key
+        return State("ended", "boot-fail", detail) if reason == HELD else State("queued", detail=detail)
     if key in RUNNING:
         return State("running", detail=key, nodes=where)
     return State("ended", CAUSES.get(key, ""), key, where)
