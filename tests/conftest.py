@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,6 +15,11 @@ from tests.cluster.slurm import PROGRAMS, Cluster, cluster, missing_programs
 
 settings.register_profile("saih", deadline=None)  # how fast a machine is says nothing about the rule
 settings.load_profile("saih")
+
+
+def pytest_configure() -> None:
+    """SIGTERM ends the tests as Ctrl-C does, so that what they started is stopped."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture

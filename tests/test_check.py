@@ -101,7 +101,7 @@ def test_a_job_that_hangs_is_cancelled_when_its_time_is_over(tmp_path: Path, mon
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # the lock of local jobs: nobody else's job is waited for
     as_planned = plan.pack
     monkeypatch.setattr(plan, "pack", lambda *given: [replace(job, time_limit_s=4) for job in as_planned(*given)])
-    site = cpu_site(setup=("echo hangs; sleep 100",))
+    site = cpu_site(setup=("echo hangs; sleep 20",))
     *before, finding = check.check(site, tmp_path / "jobs", 60)
     assert all(each.ok for each in before)
     assert not finding.ok

@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -194,27 +193,14 @@ def missing_programs() -> list[str]:
 
 @contextlib.contextmanager
 def cluster(folder: Path, nodes: int = 4) -> Iterator[Cluster]:
-    """A cluster that runs inside the `with`, which SIGTERM ends as Ctrl-C does: daemons would outlive this process."""
+    """A cluster that runs inside the `with`."""
     folder.mkdir(parents=True, exist_ok=True)
     running = Cluster(folder, nodes)
-    with _sigterm_interrupts():
-        try:
-            running.start()
-            yield running
-        finally:
-            running.stop()
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        running.start()
+        yield running
     finally:
-        signal.signal(signal.SIGTERM, before)
+        running.stop()
 
 
 def _found(program: str) -> str | None:
@@ -241,7 +227,8 @@ def _free_ports(count: int) -> int:
 
 
 def main() -> None:
-    """Run a cluster until Ctrl-C or SIGTERM."""
+    """Run a cluster until Ctrl-C or SIGTERM: its daemons would outlive this process."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else Path("cluster").absolute()
     with cluster(folder) as running:
         Path("sites").mkdir(exist_ok=True)
