@@ -55,12 +55,14 @@ class Adapter:
         module: the diffusers transformer.
         blocks: all its blocks, in the order they run.
         joint: whether the family's pipeline runs the branches of guidance as one batch, unconditional first.
+        frames_first: whether latents are [B, F, C, H, W] rather than [B, C, F, H, W].
         embedded_guidance: whether the model takes the guidance scale as an input and usually runs a single branch.
         forwards: work done so far, in forwards of this model over all tokens: blocks x tokens x branches.
     """
 
     blocks_of: tuple[str, ...]
     joint = False
+    frames_first = False
     embedded_guidance = False
 
     def __init__(self, module: nn.Module) -> None:
@@ -160,6 +162,7 @@ class CogVideoXAdapter(Adapter):
 
     blocks_of = ("transformer_blocks",)
     joint = True
+    frames_first = True
 
     def embed(self, latents: Tensor, timestep: Tensor, condition: Condition) -> State:
         model, text = self.module, condition["encoder_hidden_states"]

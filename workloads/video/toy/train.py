@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from workloads.video.checkpoint import PIXEL_SCALE
 from workloads.video.words import WordEmbeddings
 
 TEXT_DIM = 32
@@ -29,8 +30,6 @@ SIZES: dict[str, dict[str, int]] = {
 PATCH = (2, 4, 4)
 SHIFT = 3.0
 """Of the schedule: sigma = SHIFT u / (1 + (SHIFT - 1) u) for u from 1 to 0, as Wan samples at 480p."""
-PIXEL_SCALE = 2.0
-"""A latent is a pixel of [-1, 1] times this, which gives the clips a standard deviation of about one."""
 DROPPED = 0.1
 """Share of prompts left empty, for classifier-free guidance."""
 WARMUP_STEPS = 50
