@@ -164,6 +164,13 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     return Checkpoint(_ready(pipeline.transformer, device), scheduler, device, pipeline=pipeline)
 
 
+def identity(folder: Path) -> str:
+    """What the weights of a checkpoint folder are known by: names, sizes and times of its files, to a hash."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    told = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
 def random_wan(
     layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Checkpoint:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from workloads.video.adapters import Adapter
-from workloads.video.caches import FULL, FullStepCache, relative_change
+from workloads.video.caches import FULL, FullStepCache, relative_change, tensor_bytes
 from workloads.video.loop import COND, Policy, Request, Step
 
 REUSE = "reuse"
@@ -62,8 +62,8 @@ class TeaCache(Policy):
 class EasyCache(Policy):
     """EasyCache (Zhou et al. 2025, arXiv:2507.02860): predict how much the output changes from how much the input does.
 
-    With x the latents and v a prediction, the rate k = |v - v'| / |x - x'| of the last two full steps hardly moves, so a
-    step changes the output by about k |x - x'| / |v|. These are added up; below `threshold` the prediction is
+    With x the latents and v a prediction, the rate k = |v - v'| / |x - x'| of the last two full steps hardly moves, so
+    a step changes the output by about k |x - x'| / |v|. These are added up; below `threshold` the prediction is
     x + (v - x) of the last full step. The first `warmup` steps and the last one are full.
     """
 
@@ -71,13 +71,12 @@ class EasyCache(Policy):
         self.threshold, self.warmup = threshold, warmup
 
     def start(self, request: Request) -> None:
-        self.full_latents: Tensor | None = None
-        self.last_latents: Tensor | None = None
+        self.full_latents = self.last_latents = torch.empty(0)
         self.predicted: dict[str, Tensor] = {}
         self.rate = self.distance = 0.0
 
     def velocity(self, step: Step) -> Tensor:
-        if self.last_latents is not None and self.rate:
+        if self.rate:
             moved = (step.latents - self.last_latents).abs().mean()
             self.distance += self.rate * float(moved / self.predicted[COND].abs().mean())
         self.last_latents, step.signal = step.latents, self.distance
@@ -85,21 +84,19 @@ class EasyCache(Policy):
         if edge or not self.rate or self.distance >= self.threshold:
             return self._full(step)
         step.action = REUSE
-        assert self.full_latents is not None
         shift = step.latents - self.full_latents
         return step.guide({branch: value + shift for branch, value in self.predicted.items()})
 
     def _full(self, step: Step) -> Tensor:
         predicted = step.predict()
-        if self.full_latents is not None:
+        if self.predicted:
             moved = (step.latents - self.full_latents).abs().mean()
             self.rate = float((predicted[COND] - self.predicted[COND]).abs().mean() / moved)
         self.full_latents, self.predicted, self.distance = step.latents, predicted, 0.0
         return step.guide(predicted)
 
     def cache_bytes(self) -> int:
-        held = [self.full_latents, self.last_latents, *self.predicted.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+        return tensor_bytes([self.full_latents, self.last_latents, *self.predicted.values()])
 
 
 class DiffusersCache(Policy):
@@ -116,7 +113,10 @@ class DiffusersCache(Policy):
     def __init__(self, adapter: Adapter, config: Callable[[Callable[[], int]], Any]) -> None:
         self.adapter, self._products, self._of_a_full_step = adapter, 0, 0
         self._timestep = 0
+        from diffusers.hooks import HookRegistry
+
         adapter.module.enable_cache(config(lambda: self._timestep))
+        HookRegistry.check_if_exists_or_initialize(adapter.module)._child_registries_cache = None  # of a cache before
         linear = {layer for block in adapter.blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
         self._counters = [layer.register_forward_hook(self._count) for layer in linear]
 
@@ -159,7 +159,7 @@ def first_block_cache(adapter: Adapter, threshold: float) -> DiffusersCache:
 
 
 def pyramid_attention_broadcast(adapter: Adapter, every: int) -> DiffusersCache:
-    """PAB: between timesteps 100 and 800 self-attention is computed every `every` steps, cross-attention half as often."""
+    """PAB: between timesteps 100 and 800 self-attention runs every `every` steps, cross-attention half as often."""
     from diffusers import PyramidAttentionBroadcastConfig
 
     return DiffusersCache(
@@ -211,10 +211,11 @@ class MagnitudeRatios(Policy):
     def start(self, request: Request) -> None:
         self.cache = FullStepCache(("block",), first=0, last=0)
         self.ratios: list[float] = []
+        self.norms: Tensor | None = None
 
     def velocity(self, step: Step) -> Tensor:
-        before = self.cache.residuals.get(COND)
+        before = self.norms
         velocity = self.cache.full(step)
-        now = self.cache.residuals[COND][0].norm(dim=-1)
-        self.ratios.append(1.0 if before is None else float((now / (before[0].norm(dim=-1) + 1e-8)).mean()))
+        self.norms = self.cache.residuals[COND].values[-1][1][0].norm(dim=-1)
+        self.ratios.append(1.0 if before is None else float((self.norms / (before + 1e-8)).mean()))
         return velocity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -70,6 +71,23 @@ def wan(layers: int, width: int) -> DiT:
     """A Wan of that size; 30 x 1536 is 1.3B and 40 x 5120 is 14B."""
     hidden = {1536: 8960, 5120: 13824}.get(width, 4 * width)
     return DiT(layers, width, hidden, 16, (1, 2, 2), 226, 4096, 256)
+
+
+def of_config(config: Mapping[str, Any]) -> DiT:
+    """The sizes in a diffusers transformer's config.json; for planning, the other families are taken for a Wan."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    layers = config["num_layers"] + config.get("num_single_layers", 0)
+    patch, per_frame = config["patch_size"], config.get("patch_size_t") or 1
+    return DiT(
+        layers,
+        width,
+        config.get("ffn_dim", 4 * width),
+        config["in_channels"],
+        (patch[0], patch[1], patch[2]) if isinstance(patch, Sequence) else (per_frame, patch, patch),
+        config.get("max_text_seq_length", 226),
+        config.get("text_dim") or config["text_embed_dim"],
+        config.get("freq_dim", 256),
+    )
 
 
 def wan_shape(layers: int, width: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The text encoder of the toy models: a prompt is words, a word is a row of a fixed table."""
+"""The text encoder of the toy models: a prompt is a word for each attribute, a word is a row of a fixed table."""
 
 from __future__ import annotations
 
@@ -15,22 +15,28 @@ FILE = "words.safetensors"
 
 
 class WordEmbeddings:
-    """A vocabulary and a fixed random vector for each word. The empty prompt is all zeros.
+    """A fixed random vector for each word. The empty prompt is all zeros.
 
     Attributes:
-        words: the vocabulary.
-        length: words of a prompt; an embedded prompt is float32 [length, dim].
+        attributes: the words of each; a prompt has one of each, in this order.
+        table_VD: float32 [words, dim].
     """
 
-    def __init__(self, words: Sequence[str], table_VD: Tensor, length: int) -> None:
-        self.words, self.length = tuple(words), length
-        self._table_VD = table_VD
+    def __init__(self, attributes: Sequence[Sequence[str]], table_VD: Tensor) -> None:
+        self.attributes = tuple(tuple(words) for words in attributes)
+        self.table_VD = table_VD
         self._place = {word: place for place, word in enumerate(self.words)}
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The vocabulary, in the order of the table."""
+        return tuple(word for words in self.attributes for word in words)
+
     @classmethod
-    def draw(cls, words: Sequence[str], dim: int, length: int, seed: int = 0) -> WordEmbeddings:
+    def draw(cls, attributes: Sequence[Sequence[str]], dim: int, seed: int = 0) -> WordEmbeddings:
         """Standard normal vectors."""
-        return cls(words, torch.randn(len(words), dim, generator=torch.Generator().manual_seed(seed)), length)
+        count = sum(len(words) for words in attributes)
+        return cls(attributes, torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)))
 
     @classmethod
     def load(cls, folder: Path) -> WordEmbeddings:
@@ -38,27 +44,32 @@ class WordEmbeddings:
         from safetensors import safe_open
 
         with safe_open(folder / FILE, framework="pt") as file:
-            told = file.metadata()
-            return cls(told["words"].split(), file.get_tensor("table"), int(told["length"]))
+            lines = file.metadata()["attributes"].splitlines()
+            return cls([line.split() for line in lines], file.get_tensor("table"))
 
     def save(self, folder: Path) -> None:
         """Write the table into a checkpoint folder."""
         from safetensors.torch import save_file
 
-        told = {"words": " ".join(self.words), "length": str(self.length)}
-        save_file({"table": self._table_VD}, folder / FILE, metadata=told)
+        lines = "\n".join(" ".join(words) for words in self.attributes)
+        save_file({"table": self.table_VD}, folder / FILE, metadata={"attributes": lines})
+
+    def prompt(self, seed: int) -> str:
+        """A prompt drawn at random: a word of each attribute."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = (words[int(torch.randint(len(words), (), generator=generator))] for words in self.attributes)
+        return " ".join(drawn)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """float32 [prompts, length, dim]. Raises SaihError for a word that is not in the vocabulary."""
+        """float32 [prompts, attributes, dim]. Raises SaihError for a prompt that is not a word of each attribute."""
         return torch.stack([self._encode(prompt.split()) for prompt in prompts])
 
     def _encode(self, words: Sequence[str]) -> Tensor:
-        embedded_LD = self._table_VD.new_zeros(self.length, self._table_VD.shape[1])
         if not words:
-            return embedded_LD
-        if len(words) != self.length:
-            raise SaihError(f"a prompt of this model has {self.length} words, or none: {' '.join(words)!r}")
-        for word in words:
-            if word not in self._place:
-                raise unknown("word of a prompt", word, self.words)
-        return self._table_VD[[self._place[word] for word in words]]
+            return self.table_VD.new_zeros(len(self.attributes), self.table_VD.shape[1])
+        if len(words) != len(self.attributes):
+            raise SaihError(f"a prompt of this model has {len(self.attributes)} words, or none: {' '.join(words)!r}")
+        for word, known in zip(words, self.attributes, strict=True):
+            if word not in known:
+                raise unknown("word of a prompt", word, known)
+        return self.table_VD[[self._place[word] for word in words]]

@@ -1,152 +1,151 @@
 """MixCache as a policy: when caching may start and must stop, and which granularity each cached step uses.
 
-MixCache (Zhao et al. 2025, arXiv:2508.12691) is published without code. The parts are the paper's: caches of step, cfg
+MixCache (arXiv:2508.12691, 2025) is published without code. The parts are the paper's: caches of step, cfg
 and block granularity, a context-aware trigger, an adaptive choice among them under their interference. The formulas
-below are this project's own reading, and every constant is a parameter.
+below are this project's own reading, and every constant is a parameter. The forecast in place of plain reuse is not in
+the published description; `forecast=False` goes without.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from workloads.video.caches import BLOCK, CFG, FULL, STEP, FullStepCache, relative_change
-from workloads.video.loop import COND, Policy, Request, Step
+from workloads.video.loop import COND, UNCOND, Policy, Request, Step
 
 
-@dataclass
 class Trigger:
-    """When caching may be used: d_t = tanh(relative change of the conditional prediction), from full steps.
+    """When caching may be used: d = tanh(relative change of the conditional prediction a step), at full steps.
 
-    It starts once d has stopped falling fast (0 < d' - d < `settled`), not before a share `earliest` of the steps and not
-    after `latest`; it ends with the last share `tail` of the steps, or when d has risen to `risen` times its least.
+    Caching starts once d has stopped falling fast (0 < d' - d < `settled`), not before a share `earliest` of the steps
+    and not after `latest`, and ends with the last share `tail`, at least one step.
     """
 
-    earliest: float = 0.1
-    latest: float = 0.3
-    tail: float = 0.06
-    settled: float = 0.01
-    risen: float = math.inf
-    changes: list[float] = field(default_factory=list)
-    started: bool = False
+    def __init__(self, earliest: float = 0.04, latest: float = 0.3, tail: float = 0.02, settled: float = 0.02) -> None:
+        self.earliest, self.latest, self.tail, self.settled = earliest, latest, tail, settled
+        self.reset()
 
     def reset(self) -> None:
-        self.changes, self.started = [], False
+        """A new request begins."""
+        self.changes: list[float] = []
+        self.started = False
 
     def observe(self, now: Tensor, before: Tensor, steps: int) -> None:
-        """A full step, `steps` after the last one."""
+        """The conditional prediction of a full step and of the one `steps` earlier."""
         self.changes.append(math.tanh(relative_change(now, before) / steps))
 
     def allows(self, index: int, steps: int) -> bool:
         """Whether step `index` may be cached."""
-        done = index / steps
-        if done < self.earliest or index >= steps - max(1, round(self.tail * steps)):
+        if index < self.earliest * steps or index >= steps - max(1, round(self.tail * steps)):
             return False
         if not self.started:
-            fallen = self.changes[-2] - self.changes[-1] if len(self.changes) > 1 else math.inf
-            self.started = 0 < fallen < self.settled or done >= self.latest
-        return self.started and self.changes[-1] <= self.risen * min(self.changes)
+            fall = self.changes[-2] - self.changes[-1] if len(self.changes) > 1 else math.inf
+            self.started = 0 < fall < self.settled or index >= self.latest * steps
+        return self.started
 
 
 class Always(Trigger):
-    """The ablation without a trigger: any step but the first two, which the estimates need."""
+    """The ablation without a trigger."""
 
     def allows(self, index: int, steps: int) -> bool:
-        return index >= 2
+        return True
 
 
 class MixCache(Policy):
     """The hybrid of step, cfg and block caches.
 
-    At each full step the three caches are compared with what they would have been used for, which gives the error that
-    one more step of age costs each of them, as a share of the prediction. A cached step picks the granularity with the
-    least error for the work it saves; what was used last is made dearer, so that granularities take turns. When the
-    error since the last full step would exceed `threshold`, or after `most` cached steps, a full step comes.
+    A full step shows what each cache would have got wrong had it been used there. From that and the age of the cache
+    follows the error each would make now, as a share of the latents: error of the prediction times how far a step moves
+    the latents. A step does what costs least, work and error together; error gets dearer the more steps in a row were
+    cached.
 
     Args:
-        threshold: error that may add up between full steps, as a share of the prediction.
+        threshold: error of the latents that costs as much as a full step. Larger is faster.
         trigger: when caching may be used.
-        most: cached steps in a row.
-        penalty: factor on the score of a granularity for each use in a row; 1 for none.
         kinds: granularities to choose from.
+        forecast: see `FullStepCache`.
+        penalty: factor on the error for each step that was cached since the last full one; 1 for none.
+        most: cached steps in a row.
     """
 
     def __init__(
         self,
         threshold: float,
         trigger: Trigger | None = None,
-        most: int = 6,
-        penalty: float = 1.5,
-        kinds: tuple[str, ...] = (STEP, CFG, BLOCK),
+        kinds: Sequence[str] = (STEP, CFG, BLOCK),
+        forecast: bool = True,
+        penalty: float = 1.4,
+        most: int = 8,
     ) -> None:
-        self.threshold, self.trigger, self.most, self.penalty = threshold, trigger or Trigger(), most, penalty
-        self.kinds = kinds
-        self.cache = FullStepCache(kinds)
+        self.threshold, self.trigger, self.penalty, self.most = threshold, trigger or Trigger(), penalty, most
+        self.kinds = tuple(kinds)
+        self.cache = FullStepCache(kinds, forecast)
+        self.growth = 2 if forecast else 1
+        """Power of the age that an error grows with: what a forecast misses is the curvature."""
 
     def start(self, request: Request) -> None:
         self.cache.clear()
         self.trigger.reset()
-        self.error_per_step: dict[str, float] = {}
+        self.errors: dict[str, float] = {}
         self.sensitivity = 0.0
-        self.spent, self.repeated, self.last_kind = 0.0, 0, FULL
-        self.usable = tuple(kind for kind in self.kinds if kind != CFG or len(request.branches) > 1)
+        self.latents: Tensor | None = None
+        self.usable = tuple(kind for kind in self.kinds if kind != CFG or UNCOND in request.conditions)
 
     def velocity(self, step: Step) -> Tensor:
         kind = self._decide(step)
-        self.repeated = self.repeated + 1 if kind == self.last_kind else 1
-        self.last_kind = kind
+        self.latents = step.latents
         return self._full(step) if kind == FULL else self.cache.reuse(step, kind)
 
     def cache_bytes(self) -> int:
         return self.cache.cache_bytes()
 
+    def work(self, kind: str, depth: int) -> float:
+        """Of a step, as a share of a full one."""
+        return {FULL: 1.0, STEP: 0.0, CFG: 0.5, BLOCK: (self.cache.first + self.cache.last) / depth}[kind]
+
     def _decide(self, step: Step) -> str:
         age = step.index - self.cache.index
-        if not self.error_per_step or age > self.most or not self.trigger.allows(step.index, step.steps):
+        if not self.errors or age > self.most or not self.trigger.allows(step.index, step.steps):
             return FULL
-        scores = {kind: self._score(kind, age, step) for kind in self.usable}
-        kind = min(scores, key=lambda each: scores[each])
-        error = self.error_per_step[kind] * age
-        step.signal = self.spent + error
-        if step.signal > self.threshold:
-            return FULL
-        self.spent = step.signal
-        return kind
+        price = {kind: self.work(kind, step.models[0].depth) for kind in (FULL, *self.usable)}
+        for kind in self.usable:
+            error = self.errors[kind] * age**self.growth * self._moved(step.latents)
+            price[kind] += error / self.threshold * self.penalty ** (age - 1)
+        cheapest = min(price, key=lambda kind: price[kind])
+        step.signal = price[cheapest]
+        return cheapest
 
-    def _score(self, kind: str, age: int, step: Step) -> float:
-        """Error for each forward saved, dearer the more often `kind` was used in a row."""
-        repeats = self.repeated if kind == self.last_kind else 0
-        return self.error_per_step[kind] * age / self.saving(kind, step.models[0].depth) * self.penalty**repeats
-
-    def saving(self, kind: str, depth: int) -> float:
-        """Share of a full step's work that a cached one leaves out."""
-        return {STEP: 1.0, CFG: 0.5, BLOCK: 1 - (self.cache.first + self.cache.last) / depth}[kind]
+    def _moved(self, latents: Tensor) -> float:
+        """How far the last step moved the latents, as a share of them; the next one is taken to do the same."""
+        return 0.0 if self.latents is None else relative_change(latents, self.latents)
 
     def _full(self, step: Step) -> Tensor:
-        cache, before = self.cache, dict(self.cache.predicted)
-        old_velocity, old_residuals, age = cache.velocity, dict(cache.residuals), step.index - cache.index
-        old_difference = cache.difference if before and CFG in self.usable else None
+        """Compute all of a step, and note what reuse would have got wrong, a step of age."""
+        cache, before = self.cache, self.cache.predicted
+        if not before:
+            return cache.full(step)
+        age, time = step.index - cache.index, float(step.timestep)
+        tracks = {kind: cache.track(kind) for kind in self.usable}
+        expected = {kind: track.at(time) for kind, track in tracks.items()}
+        stale = {branch: track.at(time) for branch, track in cache.residuals.items()}
         velocity = cache.full(step)
-        self.spent = 0.0
-        if old_velocity is None:
-            return velocity
         self.trigger.observe(cache.predicted[COND], before[COND], age)
-        size = velocity.abs().mean()
-        error = {STEP: relative_change(old_velocity, velocity)}
-        if old_difference is not None:
-            error[CFG] = float((step.request.guidance - 1) * (cache.difference - old_difference).abs().mean() / size)
-        if BLOCK in self.usable:
-            error[BLOCK] = self._block_error(step, velocity, old_residuals)
-        self.error_per_step = {kind: value / age for kind, value in error.items()}
+        missed = {kind: _distance(expected[kind], track.values[-1][1]) for kind, track in tracks.items()}
+        size = float(velocity.abs().mean())
+        if CFG in missed:
+            missed[CFG] *= abs(step.request.guidance - 1)
+        if BLOCK in missed:
+            if not self.sensitivity and missed[BLOCK]:
+                self.sensitivity = _distance((cache.with_residuals(step, stale),), (velocity,)) / missed[BLOCK]
+            missed[BLOCK] *= self.sensitivity
+        self.errors = {kind: error / size / age**self.growth for kind, error in missed.items()}
         return velocity
 
-    def _block_error(self, step: Step, velocity: Tensor, old: Mapping[str, tuple[Tensor, ...]]) -> float:
-        """The change of R times how much of it reaches the prediction, which is measured once a request."""
-        moved = relative_change(old[COND][0], self.cache.residuals[COND][0])
-        if not self.sensitivity:
-            stale = step.guide(step.predict(middle=self.cache.skip(step, old)))
-            self.sensitivity = relative_change(stale, velocity) / moved
-        return self.sensitivity * moved
+
+def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Mean absolute difference of the first of some tensors each: of video tokens, where there is text as well."""
+    return float(torch.mean((one[0] - other[0]).abs()))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workloads.video.checkpoint import PIXEL_SCALE
+from workloads.video.checkpoint import PIXEL_SCALE, load
 from workloads.video.words import WordEmbeddings
 
 TEXT_DIM = 32
@@ -47,7 +47,7 @@ class Clips:
     def load(cls, path: Path) -> Clips:
         with np.load(path, allow_pickle=False) as file:
             frames, prompts, attributes = file["frames"], file["prompts"], file["attributes"]
-        words = WordEmbeddings.draw(" ".join(attributes).split(), TEXT_DIM, len(attributes))
+        words = WordEmbeddings.draw([str(line).split() for line in attributes], TEXT_DIM)
         pixels = torch.from_numpy(frames).float().div_(127.5).sub_(1)
         return cls(pixels.mul_(PIXEL_SCALE).unsqueeze(1), words.encode([str(prompt) for prompt in prompts]), words)
 
@@ -126,6 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     clips, model = Clips.load(options.clips), make_model(options.size)
+    if options.start:
+        model.load_state_dict(load(options.start).adapter.module.state_dict())
+        model.requires_grad_(True)
     print(f"{options.size}: {sum(each.numel() for each in model.parameters()):,} parameters", flush=True)
     start_s, losses = time.perf_counter(), []
     for step, loss in enumerate(train(model, clips, options.steps, options.batch, options.rate, options.seed), 1):
@@ -145,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=16, help="clips of a step (16)")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (0.002)")
     parser.add_argument("--threads", type=int, default=1, help="threads (1)")
+    parser.add_argument("--start", type=Path, help="a checkpoint of this size to go on from")
     parser.add_argument("--seed", type=int, default=0, help="of weights, noise and batches (0)")
     return parser
 
