@@ -112,12 +112,16 @@ class Denoising:
 
     @torch.no_grad()
     def _parts_are_the_model(self) -> bool:
-        """One forward of the conditional branch in parts, and by the transformer itself."""
+        """One forward of the conditional branch in parts, and by the transformer itself.
+
+        Each in a context of its own, for a cache of diffusers would take the second for a step after the first.
+        """
         request, adapter = self.requests[0], self.checkpoint.adapter
         timesteps = adapter.set_timesteps(self.checkpoint.scheduler, request.steps, self.checkpoint.device)
         step = Step(0, timesteps[0], request.noise, request, [adapter])
-        with adapter.module.cache_context("check"):
+        with adapter.module.cache_context("parts"):
             parts = step.predict((COND,))[COND]
+        with adapter.module.cache_context("whole"):
             whole = adapter.module(
                 request.noise.to(adapter.module.dtype),
                 timestep=timesteps[0].expand(1),
