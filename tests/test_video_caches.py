@@ -193,6 +193,16 @@ def test_a_peer_triggers_saves_work_and_leaves_the_model_as_it_was(name: str) ->
     assert torch.equal(tiny.loop.generate(tiny.request).latents, plain.latents)
 
 
+def test_one_cache_of_diffusers_after_another_on_the_same_model() -> None:
+    """Its registry of hooks remembers the modules it found at first: the second cache's would get no context."""
+    tiny = longer(wan())
+    for make in (PEERS["first-block-cache"], PEERS["taylorseer"], PEERS["magcache"]):
+        policy = make(tiny)
+        assert isinstance(policy, peers.DiffusersCache)
+        assert tiny.loop.generate(tiny.request, policy).counts[peers.REUSE] > 0
+        policy.close()
+
+
 @pytest.mark.parametrize("name", ["teacache", "easycache"])
 def test_our_peers_with_a_threshold_of_zero_are_the_plain_loop(tiny: Tiny, name: str) -> None:
     policy = peers.TeaCache(0.0) if name == "teacache" else peers.EasyCache(0.0)
