@@ -19,7 +19,14 @@ from tests.cluster.slurm import Cluster
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / name
-    for name in ("README.md", "CONTRIBUTING.md", "workloads/README.md", "results/README.md", "jobs/README.md")
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "workloads/README.md",
+        "workloads/video/README.md",
+        "results/README.md",
+        "jobs/README.md",
+    )
 ]
 
 

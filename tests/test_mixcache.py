@@ -74,6 +74,11 @@ def test_the_trigger_forgets_the_request_before() -> None:
     assert not trigger.allows(2, 20)
 
 
+class AnyTime(Trigger):
+    def allows(self, index: int, steps: int) -> bool:
+        return True
+
+
 class Priced(MixCache):
     """Errors of reuse are given, and the latents move by a tenth with each step."""
 
@@ -89,7 +94,7 @@ class Priced(MixCache):
 
 
 def actions(tiny: Tiny, given: dict[str, float], threshold: float = 1.0, **settings: float) -> tuple[str, ...]:
-    policy = Priced(threshold, Always(), forecast=False, **settings)  # type: ignore[arg-type]
+    policy = Priced(threshold, AnyTime(), forecast=False, **settings)  # type: ignore[arg-type]
     policy.given = given
     request = dataclasses.replace(tiny.request, steps=8)
     return tiny.loop.generate(request, policy).actions
@@ -116,6 +121,12 @@ def test_error_grows_with_age_until_a_full_step_is_cheaper() -> None:
     assert actions(wan(), {STEP: 3.0, **dear}, penalty=1.0, threshold=10.0, most=2)[:4] == (FULL, STEP, STEP, FULL)
 
 
+def test_the_ablation_without_a_trigger_caches_as_soon_as_errors_are_known() -> None:
+    result = wan().loop.generate(dataclasses.replace(wan().request, steps=10), MixCache(1e9, Always()))
+    assert result.actions[:3] == (FULL,) * 3
+    assert FULL not in result.actions[3:]
+
+
 def test_without_a_second_branch_there_is_no_cfg_cache() -> None:
     given = {STEP: 100.0, CFG: 0.0, BLOCK: 1.0}
     assert set(actions(hunyuan(), given, penalty=1.0)) == {FULL, BLOCK}
@@ -138,6 +149,14 @@ def test_errors_are_those_that_reuse_makes() -> None:
     assert policy.errors[STEP] == pytest.approx(float((now - before).abs().mean() / now.abs().mean()), rel=1e-5)
     assert policy.errors[CFG] > 0
     assert policy.errors[BLOCK] > 0
+
+
+def test_no_step_is_cached_before_the_errors_of_one_that_might_be_are_known() -> None:
+    """The first step the trigger allows is full all the same, and what the blocks' residual is worth is seen there."""
+    request = dataclasses.replace(wan().request, steps=10)
+    result = wan().loop.generate(request, MixCache(1e9, Trigger(earliest=0.4, settled=10.0), most=2))
+    assert result.actions[:5] == (FULL,) * 5
+    assert FULL not in result.actions[5:7]
 
 
 def test_a_threshold_near_zero_is_the_plain_loop_but_for_one_look_at_the_blocks() -> None:

@@ -111,10 +111,10 @@ class DiffusersCache(Policy):
     """
 
     def __init__(self, adapter: Adapter, config: Callable[[Callable[[], int]], Any]) -> None:
-        self.adapter, self._products, self._of_a_full_step = adapter, 0, 0
-        self._timestep = 0
         from diffusers.hooks import HookRegistry
 
+        self.adapter, self._products, self._of_a_full_step = adapter, 0, 0
+        self._timestep = 0
         adapter.module.enable_cache(config(lambda: self._timestep))
         HookRegistry.check_if_exists_or_initialize(adapter.module)._child_registries_cache = None  # of a cache before
         linear = {layer for block in adapter.blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
@@ -159,7 +159,11 @@ def first_block_cache(adapter: Adapter, threshold: float) -> DiffusersCache:
 
 
 def pyramid_attention_broadcast(adapter: Adapter, every: int) -> DiffusersCache:
-    """PAB: between timesteps 100 and 800 self-attention runs every `every` steps, cross-attention half as often."""
+    """PAB: between timesteps 100 and 800 self-attention runs every `every` steps, cross-attention half as often.
+
+    The hooks of diffusers 0.39 keep one state for both branches of guidance, so where these are two forwards (Wan)
+    one branch is given the attention of the other.
+    """
     from diffusers import PyramidAttentionBroadcastConfig
 
     return DiffusersCache(

@@ -49,10 +49,10 @@ class Trigger:
 
 
 class Always(Trigger):
-    """The ablation without a trigger."""
+    """The ablation without a trigger: all steps but the first two, before which there is nothing to compare."""
 
     def allows(self, index: int, steps: int) -> bool:
-        return True
+        return index > 1
 
 
 class MixCache(Policy):
@@ -124,16 +124,19 @@ class MixCache(Policy):
         return 0.0 if self.latents is None else relative_change(latents, self.latents)
 
     def _full(self, step: Step) -> Tensor:
-        """Compute all of a step, and note what reuse would have got wrong, a step of age."""
+        """Compute all of a step; where caching is allowed, note what reuse would have got wrong, a step of age."""
         cache, before = self.cache, self.cache.predicted
         if not before:
             return cache.full(step)
         age, time = step.index - cache.index, float(step.timestep)
+        allowed = self.trigger.allows(step.index, step.steps)
         tracks = {kind: cache.track(kind) for kind in self.usable}
         expected = {kind: track.at(time) for kind, track in tracks.items()}
         stale = {branch: track.at(time) for branch, track in cache.residuals.items()}
         velocity = cache.full(step)
         self.trigger.observe(cache.predicted[COND], before[COND], age)
+        if not allowed:
+            return velocity
         missed = {kind: _distance(expected[kind], track.values[-1][1]) for kind, track in tracks.items()}
         size = float(velocity.abs().mean())
         if CFG in missed:
