@@ -80,7 +80,7 @@ class AnyTime(Trigger):
 
 
 class Priced(MixCache):
-    """Errors of reuse are given, and the latents move by a tenth with each step."""
+    """Errors of reuse are given, and weigh a tenth."""
 
     given: dict[str, float]
 
@@ -89,7 +89,7 @@ class Priced(MixCache):
         self.errors = dict(self.given)
         return velocity
 
-    def _moved(self, latents: Tensor) -> float:
+    def _weight(self, latents: Tensor) -> float:
         return 0.1
 
 

@@ -25,7 +25,7 @@ class Trigger:
     and not after `latest`, and ends with the last share `tail`, at least one step.
     """
 
-    def __init__(self, earliest: float = 0.04, latest: float = 0.3, tail: float = 0.02, settled: float = 0.02) -> None:
+    def __init__(self, earliest: float = 0.08, latest: float = 0.3, tail: float = 0.02, settled: float = 0.02) -> None:
         self.earliest, self.latest, self.tail, self.settled = earliest, latest, tail, settled
         self.reset()
 
@@ -59,12 +59,13 @@ class MixCache(Policy):
     """The hybrid of step, cfg and block caches.
 
     A full step shows what each cache would have got wrong had it been used there. From that and the age of the cache
-    follows the error each would make now, as a share of the latents: error of the prediction times how far a step moves
-    the latents. A step does what costs least, work and error together; error gets dearer the more steps in a row were
+    follows the error each would make now: error of the prediction times the square root of how far a step moves the
+    latents. The move itself would be the error of this step; but early steps, which move little, are amplified by all
+    that follow. A step does what costs least, work and error together; error gets dearer the more steps in a row were
     cached.
 
     Args:
-        threshold: error of the latents that costs as much as a full step. Larger is faster.
+        threshold: error that costs as much as a full step. Larger is faster.
         trigger: when caching may be used.
         kinds: granularities to choose from.
         forecast: see `FullStepCache`.
@@ -113,15 +114,15 @@ class MixCache(Policy):
             return FULL
         price = {kind: self.work(kind, step.models[0].depth) for kind in (FULL, *self.usable)}
         for kind in self.usable:
-            error = self.errors[kind] * age**self.growth * self._moved(step.latents)
+            error = self.errors[kind] * age**self.growth * self._weight(step.latents)
             price[kind] += error / self.threshold * self.penalty ** (age - 1)
         cheapest = min(price, key=lambda kind: price[kind])
         step.signal = price[cheapest]
         return cheapest
 
-    def _moved(self, latents: Tensor) -> float:
-        """How far the last step moved the latents, as a share of them; the next one is taken to do the same."""
-        return 0.0 if self.latents is None else relative_change(latents, self.latents)
+    def _weight(self, latents: Tensor) -> float:
+        """Root of how far the last step moved the latents, as a share of them; the next one is taken to do the same."""
+        return 0.0 if self.latents is None else math.sqrt(relative_change(latents, self.latents))
 
     def _full(self, step: Step) -> Tensor:
         """Compute all of a step; where caching is allowed, note what reuse would have got wrong, a step of age."""

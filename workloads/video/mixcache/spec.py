@@ -36,7 +36,7 @@ PARAMETERS = (
     Parameter("trigger", True, "", "mixcache's trigger; false: caching from the start to the end"),
     Parameter("penalty", 1.4, "", "mixcache: error is this much dearer with each cached step in a row", minimum=1),
     Parameter("granularity", "all", "", "mixcache: what it may choose from", choices=("all", "step", "cfg", "block")),
-    Parameter("videos", 4, "videos", "prompts that quality is measured on", minimum=1),
+    Parameter("videos", 6, "videos", "prompts that quality is measured on", minimum=1),
     Parameter("prompts", "", "", "a text file of prompts, one a line; needed for a checkpoint with a text encoder"),
     Parameter("precision", "fp32", "", "of weights and arithmetic", choices=("fp32", "bf16")),
 )
