@@ -26,7 +26,12 @@ SHARES = (0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the steps: where the curve of fewer steps is measured."""
 
 
-_VERSION = 2  # part of the file's name: raise it when the same videos come to give another reference
+def source_digest() -> str:
+    """Of this family's code: what is kept on disk was made by it, and other code makes its own."""
+    content = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,9 @@ class Reference:
     @classmethod
     def of(cls, checkpoint: Checkpoint, videos: Videos, identity: str, folder: Path) -> Reference:
         """From `folder`, or made and kept there. `identity` is what the weights are known by."""
-        told = [identity, videos.prompts, videos.grid, videos.steps, videos.guidance, videos.seed]
+        told = [source_digest(), identity, videos.prompts, videos.grid, videos.steps, videos.guidance, videos.seed]
         name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-        path = folder / f"video-reference-v{_VERSION}-{name}.npz"
+        path = folder / f"video-reference-{name}.npz"
         if not path.exists():
             cls.make(checkpoint, videos).save(path)
         with np.load(path, allow_pickle=False) as file:

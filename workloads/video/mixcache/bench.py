@@ -15,7 +15,7 @@ from workloads.video.caches import ACTIONS, FULL
 from workloads.video.checkpoint import Checkpoint
 from workloads.video.loop import COND, Result, Step
 from workloads.video.mixcache import spec, variants
-from workloads.video.reference import Reference, Videos, run
+from workloads.video.reference import Reference, Videos, run, source_digest
 
 CALIBRATION_SEED = 1_000_000
 """Noise and prompts that knobs are set on; quality is measured on others."""
@@ -53,7 +53,11 @@ class Denoising:
             self.videos.guidance,
             CALIBRATION_SEED,
         )
-        told = [identity, sorted((key, value) for key, value in self.params.items() if key in KNOB_DEPENDS_ON)]
+        told = [
+            source_digest(),
+            identity,
+            sorted((key, value) for key, value in self.params.items() if key in KNOB_DEPENDS_ON),
+        ]
         kept = folder / f"mixcache-knob-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.json"
         self.policy = variants.policy(self.params, self.loop, calibration.requests(self.checkpoint)[0], kept)
         self.flop_per_forward = spec.shape(self.params).forward_flop(self.videos.grid)
