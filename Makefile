@@ -42,11 +42,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 		{ echo "this Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[mpi]'
+	$(PIP) --editable '.[mpi,video]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[mpi,test]'
+	$(PIP) --editable '.[mpi,video,test]'
 	@touch $@
 
 # What tests want from Debian: taken where it can be (as root), else the tests that need it skip, and fail under CI=true.

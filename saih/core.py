@@ -286,6 +286,8 @@ class Check:
 class Claim:
     """What a workload promises, in one line of data: `metric` at `numerator` over `metric` at `denominator`.
 
+    The metric is `step_s`, a rate, or `check_<name>` for a number of `Check.numbers`: quality, say, or counted work.
+
     `numerator`, `denominator` and `where` map an axis to a rung label; "first" and "last" mean the smallest and the
     largest rung measured. All other labels of the two cells are equal; over such pairs the geometric mean is taken.
     The claim holds when the whole 95 % interval of the ratio is on the better side of `target`.

@@ -269,3 +269,15 @@ def test_where_the_largest_counts_alone_and_an_axis_that_does_not_vary_is_no_obs
     assert judge(claim, rows)["measured"] == pytest.approx(10.0)
     assert judge(claim, [row for row in rows if row["label_data"] == "16"])["measured"] == pytest.approx(1.1)
     assert judge(claim, variants(0.5, 0.5))["measured"] == pytest.approx(0.5)
+
+
+def test_a_claim_on_a_number_of_the_check() -> None:
+    """Quality, say: it does not vary between repeats, so its interval is a point."""
+    likeness = Claim("likeness", "SSIM of new over old", "check_ssim", {"variant": "new"}, {"variant": "old"}, 0.96)
+    rows = [row | {"check_ssim": 0.97 if row["label_variant"] == "new" else 1.0} for row in variants(0.5, 0.5, 0.5)]
+    told = judge(likeness, rows)
+    assert told["measured"] == pytest.approx(0.97)
+    assert told["interval"] == pytest.approx([0.97, 0.97])
+    assert told["verdict"] == "holds"
+    assert told["predicted"] is None
+    assert judge(likeness, variants(0.5, 0.5, 0.5))["why"] == "no measured point has check_ssim"

@@ -37,10 +37,11 @@ def job_steps(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def per_point(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a measured point (one repeat), indexed like `points`: median step time and the rates that follow."""
+    """One row a measured point (one repeat), indexed like `points`: median step time, rates, numbers of its check."""
     grouped = steps.groupby("point", sort=False)
     table = grouped[["step_s", "units", "flop", "moved_bytes"]].median()
-    columns = ["cell", "repeat", "ranks", *(f"label_{axis}" for axis in labels_of(points))]
+    checked = [name for name in points.columns if name.startswith("check_")]
+    columns = ["cell", "repeat", "ranks", *(f"label_{axis}" for axis in labels_of(points)), *checked]
     table = table.join(points.reindex(columns=columns))  # no point has ranks where none was measured
     return _with_rates(table.join(_precision(points)), sweep)
 

@@ -72,6 +72,8 @@ def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.Dat
     missing = sorted({axis for axis in named if axis not in axes})
     if missing:
         return f"axis {', '.join(missing)} does not vary in this sweep"
+    if claim.metric not in measured:
+        return f"no measured point has {claim.metric}"
     usable = measured[np.isfinite(measured[claim.metric])]
     if usable.empty:
         return f"no measured point has {claim.metric}; run saih probe for a measured peak"

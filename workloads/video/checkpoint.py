@@ -1,0 +1,187 @@
+"""Where models come from: a local folder in the layout of diffusers, the toy that is shipped, or random weights.
+
+Nothing is ever fetched from a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saih.errors import SaihError
+from workloads.video.adapters import ADAPTERS, Adapter, Condition, adapt
+from workloads.video.loop import COND, UNCOND, Loop, Request
+from workloads.video.shapes import wan_shape
+from workloads.video.words import FILE as WORDS
+from workloads.video.words import WordEmbeddings
+
+TOY = Path(__file__).parent / "toy" / "weights"
+"""Folders of the shipped models: `large` and `small` share latents, words and schedule."""
+
+PIXEL_SCALE = 2.0
+"""Latents of a checkpoint without a VAE are pixels of [-1, 1] times this."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with what makes requests for it and pixels of its latents.
+
+    Attributes:
+        adapter: of the transformer.
+        scheduler: of the checkpoint; for CogVideoX its deterministic DDIM, since the loop takes steps without noise.
+        trained: whether quality means anything.
+        words: the table of a toy.
+        pipeline: the pipeline of a folder with a text encoder and a VAE.
+    """
+
+    adapter: Adapter
+    scheduler: Any
+    device: str
+    trained: bool = True
+    words: WordEmbeddings | None = None
+    pipeline: Any = None
+
+    def loop(self, *others: Checkpoint) -> Loop:
+        """A denoise loop with this model first; the others must share its latents, conditions and schedule."""
+        return Loop([self.adapter, *(other.adapter for other in others)], self.scheduler, self.device)
+
+    def request(self, prompt: str, grid: Sequence[int], steps: int, guidance: float, seed: int) -> Request:
+        """A request for one video of `grid` latent frames, rows and columns; the same noise on every device.
+
+        Raises SaihError for a prompt that a toy's table does not know.
+        """
+        channels, (frames, rows, columns) = self.adapter.module.config.in_channels, grid
+        shape = (frames, channels) if self.adapter.frames_first else (channels, frames)
+        noise = torch.randn(1, *shape, rows, columns, generator=torch.Generator().manual_seed(seed))
+        conditions = self._conditions(prompt, grid, guidance)
+        if not self.adapter.embedded_guidance:
+            order = (UNCOND, COND) if self.adapter.joint else (COND, UNCOND)
+            conditions = {branch: conditions[branch] for branch in order}
+        return Request(noise.to(self.device), conditions, guidance, steps)
+
+    @torch.no_grad()
+    def pixels(self, latents: Tensor) -> Tensor:
+        """A video as people see it: float32 in [0, 1], [frames, channels, rows, columns]."""
+        if self.pipeline is None:
+            return (latents[0].transpose(0, 1).float() / PIXEL_SCALE / 2 + 0.5).clamp(0, 1)
+        video: Tensor = self.pipeline.video_processor.postprocess_video(self._decode(latents), output_type="pt")[0]
+        return video.float()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """As each family's pipeline does it."""
+        vae = self.pipeline.vae
+        if self.adapter.frames_first:
+            video: Tensor = self.pipeline.decode_latents(latents)
+            return video
+        latents = latents.to(vae.dtype)
+        if "latents_mean" in vae.config and vae.config.latents_mean is not None:
+            mean, deviation = (
+                torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
+                for values in (vae.config.latents_mean, vae.config.latents_std)
+            )
+            video = vae.decode(latents * deviation + mean, return_dict=False)[0]
+        else:
+            video = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        return video
+
+    @torch.no_grad()
+    def _conditions(self, prompt: str, grid: Sequence[int], guidance: float) -> dict[str, Condition]:
+        texts = {COND: prompt, UNCOND: ""}
+        if self.words is not None:
+            return {
+                branch: {"encoder_hidden_states": self.words.encode([text]).to(self.device)}
+                for branch, text in texts.items()
+            }
+        if self.pipeline is None:
+            return {branch: self._random_text(text) for branch, text in texts.items()}
+        if self.adapter.embedded_guidance:
+            return {COND: self._hunyuan_condition(prompt, guidance)}
+        encoded = self.pipeline.encode_prompt(prompt, "", True, device=self.device)
+        told: dict[str, Condition] = {
+            branch: {"encoder_hidden_states": text} for branch, text in zip(texts, encoded, strict=True)
+        }
+        if self.adapter.frames_first:
+            scale = self.pipeline.vae_scale_factor_spatial
+            place = (grid[1] * scale, grid[2] * scale, grid[0], self.device)
+            rotary = self.pipeline._prepare_rotary_positional_embeddings(*place)
+            told = {branch: {**condition, "image_rotary_emb": rotary} for branch, condition in told.items()}
+        return told
+
+    def _hunyuan_condition(self, prompt: str, guidance: float) -> Condition:
+        text, pooled, mask = self.pipeline.encode_prompt(prompt, device=self.device)
+        scale = torch.tensor([1000.0 * guidance], dtype=text.dtype, device=self.device)
+        return {
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "encoder_attention_mask": mask.to(text.dtype),
+            "guidance": scale,
+        }
+
+    def _random_text(self, prompt: str) -> Condition:
+        """Random weights need some text; the same for the same prompt."""
+        generator = torch.Generator().manual_seed(int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16))
+        model = self.adapter.module
+        text = torch.randn(1, RANDOM_TEXT_TOKENS, model.config.text_dim, generator=generator)
+        return {"encoder_hidden_states": text.to(self.device, model.dtype)}
+
+
+RANDOM_TEXT_TOKENS = 226
+"""Text tokens of a request for a model without a text encoder; what Wan's pipeline pads to."""
+
+
+def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """The checkpoint in a local folder in the layout of diffusers.
+
+    Raises:
+        SaihError: there is none, its transformer has no adapter, or it has neither text encoder nor table of words.
+    """
+    import diffusers
+
+    described = folder / "transformer" / "config.json"
+    if not described.is_file():
+        raise SaihError(f"{folder} is no checkpoint folder: it has no transformer/config.json")
+    family = json.loads(described.read_text())["_class_name"]
+    if family not in ADAPTERS:
+        raise SaihError(f"{folder}: no adapter for {family}; there are adapters for {', '.join(ADAPTERS)}")
+    if (folder / WORDS).is_file():
+        model = getattr(diffusers, family).from_pretrained(folder / "transformer", torch_dtype=dtype)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        return Checkpoint(_ready(model, device), scheduler, device, words=WordEmbeddings.load(folder))
+    if not (folder / "text_encoder").is_dir():
+        raise SaihError(f"{folder} has neither a text_encoder nor {WORDS}: nothing there can read a prompt")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    scheduler = pipeline.scheduler
+    if family == "CogVideoXTransformer3DModel":
+        scheduler = diffusers.CogVideoXDDIMScheduler.from_config(scheduler.config)
+    return Checkpoint(_ready(pipeline.transformer, device), scheduler, device, pipeline=pipeline)
+
+
+def identity(folder: Path) -> str:
+    """What the weights of a checkpoint folder are known by: names, sizes and times of its files, to a hash."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    told = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def random_wan(
+    layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Checkpoint:
+    """A Wan transformer of any size with random weights and Wan's own latents and text, for speed alone."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = WanTransformer3DModel(**wan_shape(layers, width)).to(dtype)
+    return Checkpoint(_ready(model, device), FlowMatchEulerDiscreteScheduler(shift=3.0), device, trained=False)
+
+
+def _ready(model: nn.Module, device: str) -> Adapter:
+    return adapt(model.to(device).eval().requires_grad_(False))

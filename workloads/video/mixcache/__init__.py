@@ -1,0 +1,1 @@
+"""MixCache: caches of three granularities in one denoise, each used where it costs least."""

@@ -1,0 +1,234 @@
+"""MixCache and what it competes with: caches of three granularities inside one video's denoising, at equal quality."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
+from saih.errors import SaihError
+from workloads.video import shapes
+
+TITLE = "MixCache: step, CFG and block caches in one video denoise, speed at equal quality"
+PAPER = "MixCache, arXiv:2508.12691, 2025; no public code: trigger and decision are this project's reading"
+WORK_UNIT = "plain forwards"
+"""A video is worth the forwards that plain fewer steps need to be as close to the uncached one."""
+
+OURS = ("step", "cfg", "block", "static-mix", "mixcache")
+DIFFUSERS = ("first-block-cache", "pab", "taylorseer", "magcache")
+PEERS = ("teacache", "easycache", *DIFFUSERS)
+VARIANTS = ("none", "fewer-steps", *OURS, *PEERS)
+
+PARAMETERS = (
+    Parameter("model", "toy", "", "toy, random, or a local checkpoint folder in the layout of diffusers"),
+    Parameter("layers", 8, "blocks", "depth of a model with random weights", minimum=3),
+    Parameter("width", 96, "numbers", "width of a model with random weights", minimum=12),
+    Parameter("frames", 8, "latent frames", "of a video", minimum=1),
+    Parameter("rows", 24, "latent rows", "of a video", minimum=2),
+    Parameter("columns", 24, "latent columns", "of a video", minimum=2),
+    Parameter("denoise_steps", 50, "steps", "of the uncached run", minimum=4),
+    Parameter("guidance", 5.0, "", "scale of classifier-free guidance", minimum=0),
+    Parameter("variant", "mixcache", "", "none, fewer steps, a cache of ours, or a peer", choices=VARIANTS),
+    Parameter("speedup", 2.0, "x", "counted work of `none` over the variant's: sets its knob", minimum=1),
+    Parameter("threshold", 0.0, "", "the variant's own knob; 0: the one that gives `speedup`", minimum=0),
+    Parameter("forecast", True, "", "our caches follow the line through two full steps; false: plain reuse"),
+    Parameter("trigger", True, "", "mixcache's trigger; false: caching from the start to the end"),
+    Parameter("penalty", 1.4, "", "mixcache: error is this much dearer with each cached step in a row", minimum=1),
+    Parameter("granularity", "all", "", "mixcache: what it may choose from", choices=("all", "step", "cfg", "block")),
+    Parameter("videos", 6, "videos", "prompts that quality is measured on", minimum=1),
+    Parameter("prompts", "", "", "a text file of prompts, one a line; needed for a checkpoint with a text encoder"),
+    Parameter("precision", "fp32", "", "of weights and arithmetic", choices=("fp32", "bf16")),
+)
+
+_SIZES = {
+    "toy": ("toy", 8, 96),
+    "8x192": ("random", 8, 192),
+    "12x384": ("random", 12, 384),
+    "wan-1.3b": ("random", 30, 1536),
+    "wan-14b": ("random", 40, 5120),
+}
+_GRIDS = ((8, 16, 16), (8, 24, 24), (8, 32, 32), (16, 48, 48), (20, 60, 104))
+
+AXES = (
+    Axis(
+        "data",
+        "latent frames x rows x columns",
+        tuple(
+            Rung("x".join(map(str, grid)), dict(zip(("frames", "rows", "columns"), grid, strict=True)), prod(grid))
+            for grid in _GRIDS
+        ),
+    ),
+    Axis(
+        "model",
+        "layers x width^2",
+        tuple(
+            Rung(name, {"model": model, "layers": layers, "width": width}, layers * width**2)
+            for name, (model, layers, width) in _SIZES.items()
+        ),
+    ),
+    Axis(
+        "speedup",
+        "counted work of none over this",
+        tuple(Rung(f"{gain:g}", {"speedup": gain}, gain) for gain in (1.25, 1.5, 2.0, 2.5, 3.0)),
+    ),
+)
+"""8x24x24 is the toy's own grid, 20x60x104 is 480p and 77 frames with Wan's VAE. wan-* are Wan's shapes with random
+weights, for speed alone: quality means something on the toy and on checkpoints."""
+
+
+def _over(name: str, other: str, target: float, text: str, **more: str) -> Claim:
+    return Claim(
+        name,
+        text,
+        "check_iso_gain",
+        {"variant": "mixcache"},
+        {"variant": other},
+        target=target,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+_SPEEDUP_PAPER = "1.94x on Wan 14B, 1.97x on HunyuanVideo, at better quality than other caches"
+
+CLAIMS = (
+    _over(
+        "iso-quality-gain",
+        "fewer-steps",
+        1.25,
+        "counted work that fewer steps need for the same PSNR over MixCache's, all speed-ups measured",
+        paper=_SPEEDUP_PAPER,
+    ),
+    Claim(
+        "iso-quality-gain-in-seconds",
+        "the same in measured time",
+        "work_per_s",
+        {"variant": "mixcache"},
+        {"variant": "fewer-steps"},
+        target=1.1,
+        paper=_SPEEDUP_PAPER,
+    ),
+    *(
+        _over(
+            f"mixcache-over-{other}",
+            other,
+            1.0,
+            f"iso-quality gain of MixCache over that of {other} set to the same speed-up",
+        )
+        for other in ("step", "cfg", "block", "static-mix", *PEERS)
+    ),
+    Claim(
+        "speed-at-2x",
+        "seconds of a video uncached over seconds with MixCache set to half of the work",
+        "step_s",
+        {"variant": "none"},
+        {"variant": "mixcache"},
+        target=1.8,
+        where={"speedup": "2"},
+        paper=_SPEEDUP_PAPER,
+    ),
+    Claim(
+        "likeness-at-2x",
+        "SSIM with the uncached video, MixCache set to half of the work",
+        "check_ssim",
+        {"variant": "mixcache"},
+        {"variant": "none"},
+        target=0.96,
+        where={"speedup": "2"},
+    ),
+    Claim(
+        "forecast-pays",
+        "iso-quality gain of MixCache with forecasts over plain reuse",
+        "check_iso_gain",
+        {"forecast": "True"},
+        {"forecast": "False"},
+        target=1.0,
+    ),
+    *(
+        Claim(
+            f"mixing-over-{alone}-alone",
+            f"iso-quality gain of MixCache choosing among all granularities over choosing when to use {alone} alone",
+            "check_iso_gain",
+            {"granularity": "all"},
+            {"granularity": alone},
+            target=1.0,
+        )
+        for alone in ("step", "cfg", "block")
+    ),
+    Claim(
+        "trigger-pays",
+        "iso-quality gain of MixCache with its trigger over without",
+        "check_iso_gain",
+        {"trigger": "True"},
+        {"trigger": "False"},
+        target=1.0,
+    ),
+    Claim(
+        "penalty-pays",
+        "iso-quality gain of MixCache with the penalty of repetition over without",
+        "check_iso_gain",
+        {"penalty": "1.4"},
+        {"penalty": "1.0"},
+        target=1.0,
+    ),
+)
+
+
+def grid(params: Params) -> tuple[int, int, int]:
+    """Latent frames, rows and columns of a video."""
+    return int(params["frames"]), int(params["rows"]), int(params["columns"])
+
+
+def shape(params: Params) -> shapes.DiT:
+    """The transformer of these parameters. Raises SaihError for a folder that is no checkpoint."""
+    model, layers, width = str(params["model"]), int(params["layers"]), int(params["width"])
+    if model in shapes.TOYS:
+        toy = shapes.TOYS[model]
+        if model == "toy" and (layers, width) != (toy.layers, toy.width):
+            raise SaihError(f"the toy has {toy.layers} layers of width {toy.width}; model=random takes others")
+        return toy
+    if model == "random":
+        return shapes.wan(layers, width)
+    described = Path(model) / "transformer" / "config.json"
+    if not described.is_file():
+        raise SaihError(f"model {model}: neither toy, toy-small nor random, nor a folder with transformer/config.json")
+    return shapes.of_config(json.loads(described.read_text()))
+
+
+def cost(params: Params) -> Cost:
+    """One video on one rank."""
+    dit, size, variant = shape(params), grid(params), str(params["variant"])
+    if any(extent % step for extent, step in zip(size, dit.patch, strict=True)):
+        raise SaihError(f"a grid of {size} is not a whole number of patches of {dit.patch}")
+    _check_reach(params, dit.layers)
+    steps, word = int(params["denoise_steps"]), 2 if params["precision"] == "bf16" else 4
+    gain = 1.0 if variant == "none" else float(params["speedup"])
+    forwards = 2 * steps / gain
+    flop = forwards * dit.forward_flop(size)
+    tokens = dit.tokens(size)
+    kernels = 3 * dit.layers * forwards  # self-attention, cross-attention, feed-forward
+    moved = forwards * word * (dit.parameters + 40.0 * dit.layers * tokens * dit.width)
+    activations = tokens * (12.0 * dit.width + dit.hidden) + 10.0 * prod(size) * dit.channels
+    videos = int(params["videos"]) if params["model"] != "random" else 1
+    return Cost(
+        flop=flop,
+        work=2.0 * steps,
+        operations=(Operation(flop / kernels, moved / kernels),) * int(kernels),
+        parameters=dit.parameters,
+        device_bytes=word * (dit.parameters + activations),
+        check_steps=videos + 2,
+    )
+
+
+def _check_reach(params: Params, layers: int) -> None:
+    """A single cache cannot save more than what it leaves out of every step it may be used in."""
+    saved = {"cfg": 0.5, "block": 1 - 2 / layers}.get(str(params["variant"]))
+    wanted = 1 - 1 / float(params["speedup"])
+    most = None if saved is None else saved * (1 - WARMUP - TAIL) * (MOST - 1) / MOST
+    if most is not None and wanted > most and not params["threshold"]:
+        reach = 1 / (1 - most)
+        raise SaihError(f"the {params['variant']} cache alone reaches {reach:.2f}x here, not {params['speedup']}x")
+
+
+WARMUP, TAIL, MOST = 0.1, 0.06, 8
+"""Of fixed caches, as shares of the steps: full steps at the start and the end; and a full step at least this often."""

@@ -1,0 +1,135 @@
+"""What quality is measured against: uncached videos of some prompts, and what plain fewer steps would have given.
+
+Made once for a model and a set of prompts, then read from disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saih.files import write_atomic
+from workloads.video.checkpoint import Checkpoint
+from workloads.video.loop import Loop, Policy, Request, Result
+from workloads.video.quality import psnr_db, ssim
+
+SHARES = (0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Of the steps: where the curve of fewer steps is measured."""
+
+
+def source_digest() -> str:
+    """Of this family's code: what is kept on disk was made by it, and other code makes its own."""
+    content = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Videos:
+    """The videos that a point makes: the same noise and prompts for every variant.
+
+    Attributes:
+        prompts: one a video.
+        grid: latent frames, rows and columns.
+        steps: denoise steps.
+        guidance: scale of classifier-free guidance.
+        seed: of the noise of the first video; the next ones follow.
+    """
+
+    prompts: tuple[str, ...]
+    grid: tuple[int, int, int]
+    steps: int
+    guidance: float
+    seed: int = 0
+
+    def requests(self, checkpoint: Checkpoint, steps: int = 0) -> list[Request]:
+        """A request for each video, in as many steps."""
+        return [
+            checkpoint.request(prompt, self.grid, steps or self.steps, self.guidance, self.seed + place)
+            for place, prompt in enumerate(self.prompts)
+        ]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """psnr_db over all pixels of all videos, infinite where nothing differs; ssim as the mean over videos."""
+
+    psnr_db: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Uncached videos, and PSNR against them of the plain loop in fewer steps.
+
+    Attributes:
+        pixels: of each video, float32 [frames, channels, rows, columns].
+        curve: (steps, dB) of the plain loop, steps rising.
+    """
+
+    pixels: tuple[Tensor, ...]
+    curve: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, videos: Videos, identity: str, folder: Path) -> Reference:
+        """From `folder`, or made and kept there. `identity` is what the weights are known by."""
+        told = [source_digest(), identity, videos.prompts, videos.grid, videos.steps, videos.guidance, videos.seed]
+        name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        path = folder / f"video-reference-{name}.npz"
+        if not path.exists():
+            cls.make(checkpoint, videos).save(path)
+        with np.load(path, allow_pickle=False) as file:
+            pixels = tuple(torch.from_numpy(video) for video in file["pixels"])
+            curve = tuple((int(steps), float(db)) for steps, db in file["curve"])
+        return cls(pixels, curve)
+
+    @classmethod
+    def make(cls, checkpoint: Checkpoint, videos: Videos) -> Reference:
+        """Run the plain loop in all of the steps, then in fewer."""
+        loop = checkpoint.loop()
+        pixels = tuple(checkpoint.pixels(result.latents).cpu() for result in run(loop, videos.requests(checkpoint)))
+        plain = cls(pixels, ())
+        curve = {}
+        for steps in sorted({max(2, round(share * videos.steps)) for share in SHARES} - {videos.steps}):
+            results = run(loop, videos.requests(checkpoint, steps))
+            curve[steps] = plain.quality(checkpoint, results).psnr_db
+        return cls(pixels, tuple(curve.items()))
+
+    def save(self, path: Path) -> None:
+        """Write it whole or not at all."""
+        arrays = {"pixels": torch.stack(self.pixels).numpy(), "curve": np.array(self.curve, dtype=np.float64)}
+        write_atomic(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+    def quality(self, checkpoint: Checkpoint, results: Sequence[Result]) -> Quality:
+        """Of one result for each video."""
+        pixels = [checkpoint.pixels(result.latents).cpu() for result in results]
+        likeness = [ssim(video, plain) for video, plain in zip(pixels, self.pixels, strict=True)]
+        return Quality(psnr_db(torch.stack(pixels), torch.stack(self.pixels)), sum(likeness) / len(likeness))
+
+    def plain_steps(self, db: float, steps: int) -> float:
+        """In how many steps the plain loop is as close to the reference, at most `steps`.
+
+        Between two points of the curve, and beyond its ends, log(steps) is linear in decibels.
+        """
+        points: list[tuple[int, float]] = []
+        for count, reached in self.curve:  # where a noisy curve says that more steps are worse, it is not believed
+            if not points or reached > points[-1][1]:
+                points.append((count, reached))
+        place = min(max(bisect_left([reached for _, reached in points], db), 1), len(points) - 1)
+        (fewer, low), (more, high) = points[place - 1], points[place]
+        return float(min(steps, fewer * (more / fewer) ** ((db - low) / (high - low)))) if math.isfinite(db) else steps
+
+
+def run(loop: Loop, requests: Sequence[Request], policy: Policy | None = None) -> list[Result]:
+    """Requests one after the other, as a server without batching has them."""
+    return [loop.generate(request, policy) for request in requests]
