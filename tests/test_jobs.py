@@ -197,7 +197,7 @@ def test_fresh_sets_earlier_measurements_aside(workplace: Workplace) -> None:
 
 
 def test_starting_over_stops_the_job_of_a_saih_that_was_killed(workplace: Workplace) -> None:
-    sweep = ("--axis=size=1,2,3", "--set=step_ms=300", "--repeat=1", QUICK)
+    sweep = ("--axis=size=1,2,3", "--set=step_ms=900", "--repeat=1", QUICK)
     first = workplace.start("sweep", "faulty", "--site=small", "--no-probe", *sweep)
     workplace.wait_for_measured(1)
     os.kill(first.pid, signal.SIGKILL)
