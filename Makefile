@@ -20,7 +20,7 @@ sweep: $(VENV)/.installed
 
 # Tests of what a machine lacks skip, except in CI; so CI builds Horovod too.
 test: $(VENV)/.installed-test system-packages $(if $(filter true,$(CI)),horovod) lint
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=4 --dist=loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
