@@ -149,6 +149,10 @@ class Cost:
     operations: tuple[Operation, ...] = ()
     emulated_s: float = 0.0
     """Seconds of a step that stand for what is not there: sleeps in place of compute, a link held to a rate."""
+    beside: tuple[Operation, ...] = ()
+    beside_s: float = 0.0
+    """A second chain of the step, on a link, say: kernels of `operations` that it waits for, and seconds of its own.
+    The two run beside each other, and the step takes as long as the longer one."""
     parameters: int = 0
     device_bytes: float = 0.0
     """Peak device memory."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saih import workload
-from saih.core import Cost, Job, Point, Sweep
+from saih.core import Cost, Job, Operation, Point, Sweep
 from saih.errors import SaihError
 from saih.site import GIB, Site
 
@@ -81,9 +81,14 @@ def rates(site: Site, precision: str, ceilings: dict[str, float] | None) -> Rate
 
 def predict_step_s(cost: Cost, speed: Rates) -> float:
     """Roofline time of a step (Williams et al. 2009): each operation is bound by its FLOP, its bytes or its launch."""
-    return cost.emulated_s + sum(
+    return cost.emulated_s + max(_chain_s(cost.operations, speed), cost.beside_s + _chain_s(cost.beside, speed))
+
+
+def _chain_s(operations: Sequence[Operation], speed: Rates) -> float:
+    """Operations one after the other."""
+    return sum(
         max(operation.flop / speed.flop_per_s, operation.moved_bytes / speed.bytes_per_s, speed.launch_s)
-        for operation in cost.operations
+        for operation in operations
     )
 
 

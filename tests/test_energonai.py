@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from saih import workload
+from saih import plan, workload
 from saih.core import Context, Params, Place, Point
 from saih.errors import SaihError
 from saih.timing import StepClock, Unclocked, run_steps
 from tests import energonai_ranks as ranks
+from workloads.llm import stepcost
 from workloads.llm.attention import AttnMeta
 from workloads.llm.config import preset
-from workloads.llm.energonai import bench, spec, timeline, window
+from workloads.llm.energonai import bench, overlap, spec, timeline, window
 from workloads.llm.energonai.consistency import ConsistencyQueue
 from workloads.llm.energonai.engine import Batch, Engine
 from workloads.llm.energonai.handoff import ahead
@@ -380,6 +381,82 @@ def test_a_window_is_checked_and_measured(changes: dict[str, Any]) -> None:
     assert all(phases[2] > 0 for phases in samples.phase_s)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"rows": "padded"}, {"offload_interval": 1, "staging": 2, "attention": "loop"}]
+)
+def test_weights_put_away_are_checked_and_measured(changes: dict[str, Any]) -> None:
+    ready = windows(weights="cpu-offload", link_gb_per_s=0.01, **changes)
+    try:
+        check = ready.check()
+        samples = run_steps(ready, StepClock("cpu"), 2)
+        assert ready.pmep is not None
+        copies_s = ready.pmep.copies_s()
+    finally:
+        ready.close()
+    assert check.passed, check
+    assert len(samples.work) == 2
+    assert check.numbers["offloaded_minus_resident"] == 0.0
+    interval, told = int(changes.get("offload_interval", 2)), check.numbers
+    assert told["copy_s"] >= spec.copy_s(ready.params, ready.shape.model) > 0.015
+    assert min(copies_s) >= spec.copy_s(ready.params, ready.shape.model)
+    assert told["room"] == pytest.approx((interval - 1) * told["layer_s"] / told["copy_s"])
+    assert told["predicted_slowdown"] > 1, "a copy of 20 ms does not fit beside layers of less than one"
+    assert told["emulated_link"] == 1.0
+
+
+def test_weights_of_another_layer_fail_the_check() -> None:
+    ready = windows(weights="cpu-offload")
+    assert ready.pmep is not None
+    stored = ready.pmep._weights[1].stored
+    stored[-64:] = stored[-64:].view(torch.float32).add(1e-6).view(torch.uint8)
+    try:
+        check = ready.check()
+    finally:
+        ready.close()
+    assert not check.passed
+    assert 0 < check.numbers["offloaded_minus_resident"] < 1e-4, "too little for the comparison with one process"
+
+
+def test_a_peer_is_another_gpu() -> None:
+    with pytest.raises(SaihError, match="a peer is another GPU, and the stage is on cpu; use the host"):
+        windows(weights="peer")
+
+
+def test_layers_put_away_are_never_made_on_the_device() -> None:
+    """With a device that holds nothing: what is put away has memory, what stays has none."""
+    stage = Stage(preset("gpt-tiny"), device="meta", attention="loop", on_host=range(1, 4, 2))
+    homes = {name: {parameter.device.type for parameter in layer.parameters()} for name, layer in stage.layers.items()}
+    assert homes == {"0": {"meta"}, "1": {"cpu"}, "2": {"meta"}, "3": {"cpu"}}
+
+
+@pytest.mark.parametrize("interval", [1, 2, 4])
+@pytest.mark.parametrize("staging", [1, 2])
+@pytest.mark.parametrize("link_gb_per_s", [0.001, 0.02, 1e3])
+def test_the_plan_is_the_schedule_of_overlapped_copies(interval: int, staging: int, link_gb_per_s: float) -> None:
+    """Whole groups of layers: the roofline of the two chains is the schedule's steady state, and its condition."""
+    speed = plan.Rates(1e10, 1e9, 0.0, "test")
+    asked = {"batches": 1, "offload_interval": interval, "staging": staging, "link_gb_per_s": link_gb_per_s}
+    resident, away = (spec.cost(params(weights=weights, **asked)) for weights in ("resident", "cpu-offload"))
+    head_s = plan.predict_step_s(replace(resident, operations=resident.operations[-1:]), speed)
+    layer_s = (plan.predict_step_s(resident, speed) - head_s) / 4
+    copy_s = spec.copy_s(params(**asked), preset("gpt-tiny"))
+    waited_s = plan.predict_step_s(away, speed) - plan.predict_step_s(resident, speed)
+    depth = min(staging, 4 // interval)
+    scheduled_s = overlap.predicted_step_s(4, interval, copy_s, layer_s, depth)
+    most_s = scheduled_s - 4 * layer_s
+    assert max(0.0, most_s - head_s) - 1e-12 <= waited_s <= most_s + 1e-12
+    if staging == 1 and overlap.copies_hide(interval, copy_s, layer_s):
+        assert waited_s == 0
+
+
+def test_memory_on_the_device_is_less_by_what_is_put_away() -> None:
+    layer = 4 * stepcost.layer_parameters(preset("gpt-tiny"))
+    resident = spec.cost(params()).device_bytes
+    for interval, staging, layers in ((2, 1, 1), (1, 1, 3), (1, 3, 1), (4, 1, 0), (1, 9, 0)):
+        asked = {"weights": "cpu-offload", "offload_interval": interval, "staging": staging}
+        assert resident - spec.cost(params(**asked)).device_bytes == layers * layer
+
+
 def test_a_wrong_weight_fails_the_check() -> None:
     ready = windows()
     stage: Any = ready.worker.stage
@@ -439,6 +516,10 @@ def test_the_clock_of_a_step_is_put_away_behind_it() -> None:
         ({"length": 4096, "valid": 0.5}, "has 2048 positions"),
         ({"rows": "padded", "attention": "varlen"}, "rows=padded needs attention=padded or loop"),
         ({"batch": 4, "valid": 0.1}, "valid=0.1 is impossible for 4 sequences of up to 12 tokens"),
+        ({"gpus": 2, "weights": "peer"}, "weights=peer lets one device run a model larger than itself; ranks=2"),
+        ({"weights": "cpu-offload", "emulated_stage_ms": 5.0}, "emulated stages have no weights to put away"),
+        ({"weights": "cpu-offload", "offload_interval": 5}, "interval=5 offloads no layer of 4"),
+        ({"weights": "peer", "link_gb_per_s": 1.0}, "a peer has a real one"),
     ],
 )
 def test_what_makes_no_sense_is_said(changes: dict[str, Any], why: str) -> None:

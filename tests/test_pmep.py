@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from saih.errors import SaihError
 from workloads.llm import config, loader
 from workloads.llm.attention import AttnMeta
-from workloads.llm.energonai.pmep import Pmep, copies_hide, offloaded_layers, predicted_step_s
+from workloads.llm.energonai.overlap import copies_hide, offloaded_layers, predicted_step_s
+from workloads.llm.energonai.pmep import Pmep
 from workloads.llm.kv import EmulatedLink
 from workloads.llm.model import Stage
 from workloads.llm.packed import pack

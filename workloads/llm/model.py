@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import cast
 
 import torch
@@ -34,11 +34,13 @@ class Stage(nn.Module):
         splits: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        on_host: Container[int] = (),
     ) -> None:
         """Uninitialised weights: `loader.load(stage, folder)` or `loader.random_init(stage, seed)` fills them.
 
         mesh: this rank's place (default: alone). layers: default the mesh's share by `config.split_layers`.
         attention: a name of `attention.BACKENDS` or "auto"; splits: of the paged decode kernel.
+        on_host: layers made in host memory whatever the device; they run once something has brought them there.
         Raises SaihError if heads cannot be cut, or the device lacks the attention backend.
         """
         super().__init__()
@@ -57,7 +59,13 @@ class Stage(nn.Module):
             self.segments = made.parameter(2, spec.hidden)
         if self.first and spec.post_norm:
             self.embed_norm = Norm(spec.norm, spec.hidden, spec.norm_eps, made)
-        self.layers = nn.ModuleDict({str(number): Block(spec, self.mesh, self.backend, made) for number in self.range})
+        host = Make(torch.device("cpu"), dtype)
+        self.layers = nn.ModuleDict(
+            {
+                str(number): Block(spec, self.mesh, self.backend, host if number in on_host else made)
+                for number in self.range
+            }
+        )
         if self.last and not spec.post_norm:
             self.final_norm = Norm(spec.norm, spec.hidden, spec.norm_eps, made)
         if self.last and spec.masked_lm:

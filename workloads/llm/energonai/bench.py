@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime
 import random
+import statistics
+import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -13,10 +16,13 @@ from saih.core import Check, Clock, Context, Point, Work
 from saih.timing import Unclocked
 from workloads.llm.attention import AttnMeta
 from workloads.llm.config import ModelSpec
-from workloads.llm.energonai import spec, window
+from workloads.llm.energonai import overlap, spec, window
 from workloads.llm.energonai.engine import Batch, Engine
-from workloads.llm.energonai.stages import ComputedStage, EmulatedStage
+from workloads.llm.energonai.message import Kind, Message
+from workloads.llm.energonai.pmep import Pmep
+from workloads.llm.energonai.stages import ComputedStage, EmulatedStage, Job, prepare
 from workloads.llm.energonai.worker import ENGINE, StageOfRank, Worker
+from workloads.llm.kv import EmulatedLink
 from workloads.llm.loader import random_init
 from workloads.llm.model import Stage
 from workloads.llm.shard import Mesh
@@ -26,6 +32,8 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 CHECKED_SEQUENCES, CHECKED_TOKENS = 4, 48
 """Of each checked batch: enough to tell batches apart, cheap for large models."""
 CHECK_DELAY_S = 0.02
+LAYER_RUNS = 5
+"""Of the layer whose time the overlap condition is checked with."""
 IDLE = datetime.timedelta(days=7)
 """A rank may wait so long for a command. Ranks that die are noticed by their connections, not by this."""
 
@@ -47,6 +55,7 @@ class Windows:
         self.control = None if alone else dist.new_group(backend="gloo", timeout=IDLE)
         handoff = str(point.params["handoff"])
         depth = int(point.params["buffer"]) if handoff == "nbpp" else 0
+        self.pmep: Pmep | None = None
         self.worker = Worker(self._stage(), self.mesh, self.control, depth=depth)
         self.batches = make_batches(point, self.shape.model)
         self.engine: Engine | None = None
@@ -72,8 +81,9 @@ class Windows:
         """While commands are picked up at random, every ticket's result is that of its own batch.
 
         With computed stages: the logits of all tokens are those of one process with the whole model, and those of
-        padded and packed rows are the same bits where kernels allow it. With emulated ones: every result shows the
-        tokens of its batch and the number of stages.
+        padded and packed rows are the same bits where kernels allow it. With weights put away: they are the same bits
+        as with all of them at hand; the times of a copy and of a layer are told, and what follows from them. With
+        emulated stages: every result shows the tokens of its batch and the number of stages.
         """
         batches = [_first_part(batch) for batch in self.batches[: self.shape.pp + 2]]
         batches = [batches[place % len(batches)] for place in range(max(3, self.shape.pp + 2))]
@@ -94,6 +104,8 @@ class Windows:
         if self.engine is not None:
             self.engine.close()
         self.worker.join(timeout_s=10.0)
+        if self.pmep is not None:
+            self.pmep.stop()
         if self.worker.failure:
             return  # threads may still wait in these groups; whoever ends this process ends them
         for group in (self.control, self.mesh.tp_group, self.mesh.pp_group):
@@ -109,9 +121,18 @@ class Windows:
             attention=str(self.params["attention"]),
             device=self.device,
             dtype=self.dtype,
+            on_host=self.shape.offloaded,
         )
         random_init(stage, self.seed)
+        if self.shape.offloaded:
+            self.pmep = self._put_away(stage)
         return ComputedStage(stage)
+
+    def _put_away(self, stage: Stage) -> Pmep:
+        params = self.params
+        store = "host" if params["weights"] == "cpu-offload" else f"peer:{(stage.device.index or 0) + 1}"
+        link = EmulatedLink(1e9 * float(params["link_gb_per_s"])) if params["link_gb_per_s"] else None
+        return Pmep(stage, int(params["offload_interval"]), store, depth=int(params["staging"]), link=link)
 
     def _verdict(self, batches: list[Batch], results: list[list[Tensor]]) -> Check:
         if self.shape.emulated:
@@ -124,6 +145,10 @@ class Windows:
         allowed = 0.0 if self._same_bits() else TOLERANCE[str(self.params["precision"])]
         numbers = {"largest_error": error, "packed_minus_padded": forms}
         good = error <= TOLERANCE[str(self.params["precision"])] and forms <= allowed
+        if self.pmep is not None:
+            numbers["offloaded_minus_resident"] = self._offloaded_minus_resident(batches, results)
+            good = good and numbers["offloaded_minus_resident"] == 0.0
+            numbers |= self._overlap(self.pmep)
         return Check(good, numbers, ", ".join(f"{name} = {value:.3g}" for name, value in numbers.items()))
 
     def _same_bits(self) -> bool:
@@ -133,14 +158,69 @@ class Windows:
     @torch.inference_mode()
     def _logits_of_one_process(self, batches: list[Batch]) -> list[Tensor]:
         """All tokens of all batches at once, packed, through the whole model; one layer is in memory at a time."""
-        model = self.shape.model
         meta = AttnMeta.packed([n for batch in batches for n in batch.lens], device=self.device)
         h = torch.cat([batch.ids_T for batch in batches]).to(self.device)
-        for layer in range(model.layers):
-            part = Stage(model, layers=range(layer, layer + 1), attention="loop", device=self.device, dtype=self.dtype)
-            random_init(part, self.seed)
-            h = part(h, meta)
+        for layer in range(self.shape.model.layers):
+            h = self._layer(layer, "loop")(h, meta)
         return list(h.split([len(batch.ids_T) for batch in batches]))
+
+    @torch.inference_mode()
+    def _offloaded_minus_resident(self, batches: list[Batch], results: list[list[Tensor]]) -> float:
+        """Largest difference from the same batches through the same kernels, each layer at hand when its turn comes."""
+        jobs = [
+            self._job(batch, padded, every_row=True) for padded in (False, True)[: len(results)] for batch in batches
+        ]
+        hs = [job.ids_T for job in jobs]
+        for number in range(self.shape.model.layers):
+            layer = self._layer(number, str(self.params["attention"]))
+            hs = [layer(h, job.meta, rows=job.rows_R) for h, job in zip(hs, jobs, strict=True)]
+        found = [x for run in results for x in run]
+        return max(float((x - y).abs().max()) for x, y in zip(found, hs, strict=True))
+
+    @torch.inference_mode()
+    def _overlap(self, pmep: Pmep) -> dict[str, float]:
+        """Times of a copy and of a layer, and what they predict: `room` times a copy fits beside the layers between.
+
+        With one staging buffer nothing waits where room >= 1; slowdown is over weights at hand.
+        """
+        stage, job = self._layer(0, str(self.params["attention"])), self._job(self.batches[0], self.shape.padded)
+        layer, h_TD = stage.layers["0"], torch.rand(len(job.ids_T), stage.spec.hidden).to(self.device, self.dtype)
+        layer_s = statistics.median(
+            self._seconds(lambda: layer(h_TD, job.meta, stage.rotation(job.meta), None, 0)) for _ in range(LAYER_RUNS)
+        )
+        copy_s = statistics.median(pmep.copies_s())
+        layers, interval = self.shape.model.layers, int(self.params["offload_interval"])
+        step_s = overlap.predicted_step_s(layers, interval, copy_s, layer_s, pmep.depth)
+        return {
+            "emulated_link": float(pmep.emulated),
+            "copy_s": copy_s,
+            "layer_s": layer_s,
+            "room": (interval - 1) * layer_s / copy_s,
+            "predicted_slowdown": step_s / (layers * layer_s),
+        }
+
+    def _layer(self, number: int, attention: str) -> Stage:
+        """One layer of the model, with the embedding before the first and the head behind the last."""
+        only = range(number, number + 1)
+        stage = Stage(self.shape.model, layers=only, attention=attention, device=self.device, dtype=self.dtype)
+        random_init(stage, self.seed)
+        return stage
+
+    def _job(self, batch: Batch, padded: bool, every_row: bool = False) -> Job:
+        command = Message(Kind.RUN, 0, batch.lens, batch.ids_T, padded, every_row)
+        return prepare(command, torch.device(self.device), self.shape.model.causal)
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        """Of one call, its kernels included."""
+        self._synchronize()
+        began_s = time.perf_counter()
+        run()
+        self._synchronize()
+        return time.perf_counter() - began_s
+
+    def _synchronize(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
 
 
 def make_batches(point: Point, model: ModelSpec) -> list[Batch]:

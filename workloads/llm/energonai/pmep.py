@@ -4,9 +4,9 @@ Every k-th layer lives in the memory of a peer GPU or of the host; while the oth
 a staging buffer. The authors' code moves a layer back when it is done; weights are only read, so here their copy stays
 where it is and nothing is ever written back.
 
-`Pmep(stage, 4, "host")` makes a loaded stage run that way. A spec calls this switch `weights`: `resident` is the stage
-as it is, `cpu-offload` is store="host", `peer` is store="peer:1". Without CUDA a thread copies within host memory,
-which is emulated, and can be held to a link's rate.
+`Pmep(stage, 4, "host")` makes a loaded stage run that way. A stage made with `on_host=offloaded_layers(layers, 4)`
+never has more on its device than that. Without CUDA a thread copies within host memory, which is emulated, and can be
+held to a link's rate. Which layers go, and when that costs no time, is in `overlap`.
 """
 
 from __future__ import annotations
@@ -23,50 +23,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saih.errors import SaihError, unknown
+from workloads.llm.energonai.overlap import offloaded_layers
 from workloads.llm.kv import EmulatedLink
 from workloads.llm.model import Stage
 
 ALIGNMENT_BYTES = 256
 """Where a weight begins in a buffer: CUDA's own allocations begin at multiples of it, and vector loads need less."""
 KEPT_COPIES = 64
-PASSES = 4
-"""Forward passes until a schedule repeats itself."""
-
-
-# -- Prediction --------------------------------------------------------------------------------------------------------
-
-
-def offloaded_layers(layers: int, interval: int) -> range:
-    """Every `interval`-th layer of a stage: interval - 1, 2 interval - 1, ... Raises SaihError if there is none."""
-    if not 1 <= interval <= layers:
-        raise SaihError(f"interval={interval} offloads no layer of {layers}; it must be from 1 to {layers}")
-    return range(interval - 1, layers, interval)
-
-
-def copies_hide(interval: int, copy_s: float, layer_s: float) -> bool:
-    """Whether one staging buffer is enough to wait for nothing: t_copy <= (k - 1) t_compute."""
-    return copy_s <= (interval - 1) * layer_s
-
-
-def predicted_step_s(layers: int, interval: int, copy_s: float, layer_s: float, depth: int = 1) -> float:
-    """Time of one forward pass in a row of many, from the times of one layer's copy and one layer's compute.
-
-    Copies follow each other on one link; the buffer of a layer is free for the next copy when that layer has run.
-    """
-    away = offloaded_layers(layers, interval)
-    ready_s = deque(copy_s * (place + 1) for place in range(min(depth, len(away))))
-    now_s = began_s = 0.0
-    link_free_s = ready_s[-1]
-    for _ in range(PASSES):
-        began_s = now_s
-        for layer in range(layers):
-            if layer in away:
-                now_s = max(now_s, ready_s.popleft())
-            now_s += layer_s
-            if layer in away:
-                link_free_s = max(link_free_s, now_s) + copy_s
-                ready_s.append(link_free_s)
-    return now_s - began_s
 
 
 # -- Links: what copies ahead while the compute goes on ----------------------------------------------------------------
@@ -250,11 +213,15 @@ class Pmep:
         """Seconds of the latest copies, one a layer fetched; waits for them."""
         return [copy.seconds() for copy in self._copies]
 
-    def close(self) -> None:
-        """All layers are resident again, and the stage runs as before."""
+    def stop(self) -> None:
+        """Ends the copies. The stage must not run any more."""
         for hook in self._hooks:
             hook.remove()
         self._link.close()
+
+    def close(self) -> None:
+        """All layers are resident again, and the stage runs as before."""
+        self.stop()
         for each in self._weights:
             each.bind(each.stored.to(self.stage.device, copy=True))
 
@@ -295,7 +262,9 @@ def _home(store: str, device: torch.device) -> torch.device:
     if kind != "peer" or not number.isdecimal():
         raise unknown("store", store, ("host", "peer:N"), "PMEP")
     if device.type != "cuda":
-        raise SaihError(f"store {store}: a peer is another GPU, and the stage is on {device}; use store 'host'")
+        raise SaihError(
+            f"store {store}: a peer is another GPU, and the stage is on {device}; use the host (weights=cpu-offload)"
+        )
     peer, own = int(number), device.index or 0
     if peer == own or peer >= torch.cuda.device_count():
         others = [f"peer:{n}" for n in range(torch.cuda.device_count()) if n != own]

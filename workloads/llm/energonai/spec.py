@@ -1,4 +1,4 @@
-"""What EnergonAI promises and what a window of batches costs: tickets, hand-offs, rows. Imports no torch."""
+"""What EnergonAI promises and what a window of batches costs: hand-offs, rows, weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
 from saih.errors import SaihError
 from workloads.llm import stepcost
 from workloads.llm.config import PRESETS, ModelSpec, preset, split_layers
-from workloads.llm.energonai import timeline, window
+from workloads.llm.energonai import overlap, timeline, window
 from workloads.llm.stepcost import Batch
 
 TITLE = "EnergonAI: prefill of a transformer over tensor-parallel ranks and pipeline stages under one controller"
@@ -18,10 +18,13 @@ WORK_UNIT = "valid tokens"
 
 MODELS = tuple(name for name in PRESETS if name.startswith("gpt-"))
 ATTENTION = ("padded", "loop", "varlen", "auto")
+WEIGHTS = ("resident", "cpu-offload", "peer")
 WORD = {"fp32": 4, "bf16": 2}
 
 LINK_BYTES_PER_S = 1.5e9
 """From stage to stage through gloo on one machine, both ends waiting: a figure for planning."""
+WEIGHTS_BYTES_PER_S = 1e10
+"""Of weights fetched from host memory where no link is emulated: a figure for planning."""
 RANDOM_WEIGHTS_PER_S = 5e7
 """Random weights made on one core: a figure for planning."""
 
@@ -40,6 +43,12 @@ PARAMETERS = (
     Parameter("buffer", 4, "batches", "nbpp: results a stage may keep, and the next take ahead", minimum=1),
     Parameter("emulated_stage_ms", 0.0, "ms", "stages sleep so long on average; 0 = compute", minimum=0),
     Parameter("emulated_durations", "uniform", "", "spread of the times of emulated batches", choices=window.DURATIONS),
+    Parameter(
+        "weights", "resident", "", "where layers put away wait: nowhere, on the host, on a peer", choices=WEIGHTS
+    ),
+    Parameter("offload_interval", 2, "layers", "every so manyth layer is put away", minimum=1),
+    Parameter("staging", 1, "layers", "buffers on the device that layers put away are fetched into", minimum=1),
+    Parameter("link_gb_per_s", 0.0, "GB/s", "cpu-offload on CPUs: emulated link; 0 = host memory's rate", minimum=0),
 )
 
 AXES = (
@@ -146,6 +155,8 @@ class Shape:
     """Tokens of each sequence, in no order."""
     padded: bool
     emulated: bool
+    offloaded: range
+    """Layers whose weights are fetched before they run (PMEP)."""
 
     @property
     def tokens(self) -> int:
@@ -183,7 +194,22 @@ def shape(params: Params) -> Shape:
     if params["rows"] == "padded" and params["attention"] not in ("padded", "loop"):
         raise SaihError(f"rows=padded needs attention=padded or loop, not {params['attention']}")
     lens = window.lengths(int(params["batch"]), int(params["length"]), float(params["valid"]))
-    return Shape(model, tp, pp, ranks, lens, params["rows"] == "padded", emulated)
+    padded, offloaded = params["rows"] == "padded", _offloaded(params, model.layers, ranks, emulated)
+    return Shape(model, tp, pp, ranks, lens, padded, emulated, offloaded)
+
+
+def _offloaded(params: Params, layers: int, ranks: int, emulated: bool) -> range:
+    """The layers that PMEP puts away. Raises SaihError where it makes no sense."""
+    weights = params["weights"]
+    if weights == "resident":
+        return range(0)
+    if ranks > 1:
+        raise SaihError(f"weights={weights} lets one device run a model larger than itself; ranks={ranks}, set gpus=1")
+    if emulated:
+        raise SaihError(f"emulated stages have no weights to put away: weights={weights} needs emulated_stage_ms=0")
+    if weights == "peer" and params["link_gb_per_s"]:
+        raise SaihError("link_gb_per_s emulates the link to host memory; a peer has a real one")
+    return overlap.offloaded_layers(layers, int(params["offload_interval"]))
 
 
 def cost(params: Params) -> Cost:
@@ -212,13 +238,18 @@ def cost(params: Params) -> Cost:
     in_turn = batches * the.pp if params["handoff"] == "blocking" else batches + the.pp - 1
     rows = Batch(_rows_of(the), (0,) * len(the.lens), len(the.lens))
     held = _parameters_of_stage(the)
+    one_layer, edge = _operations(the, params, word)
+    fetched, buffers = batches * len(the.offloaded), min(int(params["staging"]), len(the.offloaded))
+    absent = (len(the.offloaded) - buffers) * stepcost.layer_parameters(the.model)
     sums = stepcost.tp_bytes(the.model, rows, word, the.tp) / the.pp
     return Cost(
         flop=useful * batches / the.ranks,
         work=work,
-        operations=tuple(_operations(the, params, word)) * in_turn,
+        operations=(*one_layer * the.layers, *edge) * in_turn,
+        beside=tuple(one_layer) * fetched if buffers == 1 else (),  # the only buffer is the layer's until it has run
+        beside_s=fetched * copy_s(params, the.model),
         parameters=stepcost.parameters(the.model),
-        device_bytes=word * held + stepcost.activation_bytes(the.model, rows, word, the.tp) + buffered,
+        device_bytes=word * (held - absent) + stepcost.activation_bytes(the.model, rows, word, the.tp) + buffered,
         message_bytes=batches * (sums + sent),
         setup_s=held / RANDOM_WEIGHTS_PER_S,
         check_steps=1,
@@ -234,6 +265,12 @@ def emulated_s(params: Params, the: Shape) -> float:
     return timeline.window_s(str(params["handoff"]), times_s, the.pp, transfer_s, int(params["buffer"]))
 
 
+def copy_s(params: Params, model: ModelSpec) -> float:
+    """Seconds to fetch the weights of a layer."""
+    layer_bytes = WORD[str(params["precision"])] * stepcost.layer_parameters(model)
+    return layer_bytes / (1e9 * float(params["link_gb_per_s"]) or WEIGHTS_BYTES_PER_S)
+
+
 def _rows_of(the: Shape) -> tuple[int, ...]:
     return (max(the.lens),) * len(the.lens) if the.padded else the.lens
 
@@ -244,8 +281,8 @@ def _attended(the: Shape, attention: str) -> Batch:
     return Batch.prefill(rows)
 
 
-def _operations(the: Shape, params: Params, word: int) -> list[Operation]:
-    """Kernels of one batch on one rank of the largest stage, in order."""
+def _operations(the: Shape, params: Params, word: int) -> tuple[list[Operation], list[Operation]]:
+    """Kernels of one batch on one rank, in order: of a layer, and of what is behind the last."""
     model, rows, tp = the.model, the.rows, the.tp
     q, kv, up = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.ffn
 
@@ -265,8 +302,8 @@ def _operations(the: Shape, params: Params, word: int) -> list[Operation]:
         Operation(0.0, word * rows * 2.0 * up / tp),  # activation
         product(up, model.hidden, cut=0),
     ]
-    edge = product(model.hidden, model.vocab, cut=1, batch_rows=len(the.lens))  # the head; the embedding is a look-up
-    return [*layer * the.layers, edge]
+    head = product(model.hidden, model.vocab, cut=1, batch_rows=len(the.lens))  # the embedding is a look-up
+    return layer, [head]
 
 
 def _parameters_of_stage(the: Shape) -> int:
