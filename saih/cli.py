@@ -254,7 +254,7 @@ def _asked(options: argparse.Namespace) -> tuple[Site, list[Sweep]]:
             axes or grid.axes,
             grid.set | settings,
             where,
-            repeat=options.repeat or (study.repeat if study and study.repeat else site.repeat),
+            repeat=options.repeat or grid.repeat or site.repeat,
             seed=options.seed if options.seed is not None else (study.seed if study else 0),
             site=site.name,
             time_budget_s=language.parse_duration(budget, source) if budget is not None else None,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from saih.errors import SaihError, unknown
@@ -31,6 +32,8 @@ class Parameter:
     help: str = ""
     choices: tuple[Value, ...] = ()
     minimum: float | None = None
+    path: bool = False
+    """Text that names a file or a folder: made absolute where it is given, for jobs may run elsewhere."""
 
     def parse(self, given: object, where: str = "") -> Value:
         """`given` (text, or a YAML scalar) as this parameter's type; SaihError names the valid choices."""
@@ -44,7 +47,7 @@ class Parameter:
             raise unknown(f"value of {self.name}", value, self.choices, where)
         if self.minimum is not None and not isinstance(value, str) and value < self.minimum:
             raise SaihError(f"{place}{self.name} must be at least {self.minimum:g}, not {value}")
-        return value
+        return str(Path(str(value)).absolute()) if self.path and value else value
 
 
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -307,6 +310,8 @@ class Claim:
     where: Mapping[str, str] = field(default_factory=dict)
     paper: str = ""
     """The paper's figure in its own words; empty where it states none."""
+    bound: float | None = None
+    """What the ratio would be if the technique had no cost of its own, whatever the machine; None where it depends."""
 
 
 class Clock(Protocol):

@@ -39,6 +39,7 @@ class Part(BaseModel):
         default_factory=dict,
         description="write set: {width: 4, precision: bf16}, one value for each parameter; several make it an axis",
     )
+    repeat: int | None = Field(default=None, gt=0)
 
 
 class StudyFile(Part):
@@ -47,7 +48,6 @@ class StudyFile(Part):
     parts: dict[str, Part] = Field(
         default_factory=dict, description="write parts: {NAME: {axes: ..., set: ...}}, a grid each"
     )
-    repeat: int | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
     site: str | None = None
     time_budget: str | None = None
@@ -68,7 +68,13 @@ def grids(study: StudyFile, part: str | None, where: str) -> list[Part]:
     chosen = list(study.parts.values()) if part is None else [study.parts[part]]
     whole = study.workload or DEFAULT_WORKLOAD
     return [
-        Part(workload=each.workload or whole, axes=each.axes, set=study.set | each.set) for each in chosen or [study]
+        Part(
+            workload=each.workload or whole,
+            axes=each.axes,
+            set=study.set | each.set,
+            repeat=each.repeat or study.repeat,
+        )
+        for each in chosen or [study]
     ]
 
 

@@ -78,8 +78,9 @@ def claim_lines(claim: Mapping[str, Any]) -> list[str]:
     interval = "[{:.3g}, {:.3g}]".format(*claim["interval"]) if claim["interval"] else "no interval"
     measured = f"measured {claim['measured']:.3g} {interval}" if claim["measured"] else "not measured"
     predicted = f", predicted {claim['predicted']:.3g}" if claim["predicted"] else ""
+    bound = f", bound {claim['bound']:.3g}" if claim["bound"] else ""
     head = f"{claim['verdict'].upper():15}{claim['workload']} {claim['name']}"
-    lines = [f"{head}: {measured}{predicted}, target {claim['target']:g}"]
+    lines = [f"{head}: {measured}{predicted}{bound}, target {claim['target']:g}"]
     return lines + [f"{'':15}{word}: {claim[word]}" for word in ("paper", "why") if claim[word]]
 
 

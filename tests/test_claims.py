@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from saih import text
 from saih.analysis.claims import evaluate, evaluate_all
 from saih.core import Claim
 
@@ -218,6 +219,18 @@ def test_pairs_differ_in_nothing_else() -> None:
     assert told["pairs"] == 4
     assert told["interval"] == pytest.approx([told["measured"]] * 2), "the repeats agree"
     assert told["predicted"] == pytest.approx(0.25)
+    assert {tuple(each["labels"].items()): each["measured"] for each in told["series"]} == {
+        (("data", data), ("model", model)): pytest.approx(ratio) for (data, model), ratio in ratios.items()
+    }
+    assert all(each["interval"] == pytest.approx([each["measured"]] * 2) for each in told["series"])
+
+
+def test_a_single_pair_is_no_series_and_a_bound_is_passed_on() -> None:
+    claim = Claim("c", "t", "step_s", {"variant": "new"}, {"variant": "old"}, 0.6, "lower", bound=0.25)
+    told = judge(claim, variants(0.5, 0.52, 0.49))
+    assert (told["series"], told["bound"]) == ([], 0.25)
+    assert "predicted 0.5, bound 0.25, target 0.6" in text.claim_lines({"workload": "toy"} | told)[0]
+    assert "bound" not in text.claim_lines({"workload": "toy"} | judge(FASTER, variants(0.5, 0.52)))[0]
 
 
 @pytest.mark.parametrize(

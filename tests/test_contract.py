@@ -50,10 +50,9 @@ def ladder(name: str, axis: str) -> Axis:
 
 
 def numbers(cost: Cost) -> dict[str, float]:
-    plain = {
-        key: float(value) for key, value in dataclasses.asdict(cost).items() if key not in ("operations", "data_set")
-    }
-    for place, operation in enumerate(cost.operations):
+    apart = ("operations", "beside", "data_set")
+    plain = {key: float(value) for key, value in dataclasses.asdict(cost).items() if key not in apart}
+    for place, operation in enumerate((*cost.operations, *cost.beside)):
         plain |= {f"{key} of operation {place}": value for key, value in dataclasses.asdict(operation).items()}
     return plain
 
@@ -177,6 +176,8 @@ def test_claims_name_what_there_is(name: str, claim: Claim) -> None:
     assert claim.better in ("higher", "lower")
     assert claim.target > 0
     assert math.isfinite(claim.target)
+    if claim.bound is not None:
+        assert claim.bound >= claim.target if claim.better == "higher" else claim.bound <= claim.target
     assert claim.numerator.keys() == claim.denominator.keys() != set(), "two cells that differ in the same axes"
     assert claim.numerator != claim.denominator
     assert not claim.where.keys() & claim.numerator.keys()

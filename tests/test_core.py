@@ -95,6 +95,14 @@ def test_parse_refuses_what_does_not_fit(parameter: Parameter, given_: object) -
     assert str(caught.value).startswith("study.yaml: ")
 
 
+def test_a_path_is_absolute_before_a_job_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trace = Parameter("trace", "", path=True)
+    assert trace.parse("some/trace.csv") == str(tmp_path / "some" / "trace.csv")
+    assert trace.parse("/some/trace.csv") == "/some/trace.csv"
+    assert trace.parse("") == "", "none"
+
+
 def test_parse_says_what_would_fit() -> None:
     with pytest.raises(SaihError, match=r"did you mean bf16.* valid: fp32, bf16"):
         PRECISION.parse("bf61")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -281,6 +282,14 @@ def test_lengths_fill_exactly_what_they_should(batch: int, longest: int, valid: 
 def test_at_half_the_tokens_every_length_is_as_likely() -> None:
     found = window.lengths(100, 100, 0.5)
     assert max(abs(length - place) for place, length in enumerate(found)) <= 2
+
+
+def test_rungs_of_variation_are_the_spread_of_the_times() -> None:
+    axis = next(axis for axis in spec.AXES if axis.name == "variation")
+    assert [rung.params["emulated_durations"] for rung in axis.rungs] == list(window.DURATIONS)
+    for rung in axis.rungs:
+        times_s = window.durations_s(str(rung.params["emulated_durations"]), 40, 0.02)
+        assert statistics.pstdev(times_s) / statistics.mean(times_s) == pytest.approx(rung.size, abs=0.005)
 
 
 @pytest.mark.parametrize("kind", window.DURATIONS)

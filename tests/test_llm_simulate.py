@@ -62,6 +62,19 @@ def test_two_stages_by_hand() -> None:
     assert metrics.bubble_s(alone, simulation.stage_busy_s[0]) == 3, "one request leaves every other turn empty"
 
 
+@pytest.mark.parametrize(("stages", "requests"), [(1, 8), (2, 8), (4, 8), (3, 8), (4, 3)])
+def test_every_stage_has_a_batch_though_one_could_take_all_requests(stages: int, requests: int) -> None:
+    """A batch takes a second a request on each stage: shared out, all stages work all the time but at the ends."""
+    asked = [Request(n, range(1), 50) for n in range(requests)]
+    state = ServerState(BlockAllocator(1000, 64))
+    found = simulate(asked, FirstComeFirstServed(10**6, 16), state, lambda p: float(len(p.requests)), stages)
+    most = max(len(each.emitted) for each in found.iterations)
+    assert most == -(-requests // stages)
+    work_s = 50.0 * requests
+    uneven = stages * most / requests if requests >= stages else stages / requests
+    assert work_s <= found.iterations[-1].end_s <= work_s * uneven + 2 * stages * most
+
+
 class ByLength(FirstComeFirstServed):
     """Takes only requests of the length of the oldest one: the extreme of grouping."""
 

@@ -367,6 +367,14 @@ def test_claims_are_judged_on_the_page(tmp_path: Path) -> None:
     assert re.search(r"percent-of-peak-rises-with-data.*?verdict-holds", source, re.DOTALL)
     assert re.search(r"two-ranks-efficiency.*?verdict-not-measurable", source, re.DOTALL)
     assert "All intervals are between repeats." in text_of(source)
+    assert re.search(r"percent-of-peak-rises-with-data at model=", source), "each series by itself"
+
+
+def test_numbers_of_checks_are_shown_cell_by_cell(tmp_path: Path) -> None:
+    text = text_of(written(tmp_path, Scenario(axes=(DATA,))))
+    assert "What the checks found" in text
+    assert "relative error" in text
+    assert "1e-06" in text
 
 
 def test_ceilings_have_a_page_of_rates(tmp_path: Path) -> None:

@@ -263,6 +263,14 @@ def test_a_part_can_be_of_another_workload(workplace: Path) -> None:
     assert [one.workload for one in all_asked("study.yaml")] == ["cosmoflow", "ceilings"]
 
 
+def test_a_part_can_have_repeats_of_its_own(workplace: Path) -> None:
+    (workplace / "study.yaml").write_text(
+        "repeat: 2\nparts:\n  a: {axes: {data: [16]}}\n  b: {axes: {data: [16]}, repeat: 7}\n"
+    )
+    assert [one.repeat for one in all_asked("study.yaml")] == [2, 7]
+    assert [one.repeat for one in all_asked("study.yaml", "--repeat=4")] == [4, 4]
+
+
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
@@ -288,7 +296,7 @@ def test_a_study_needs_only_axes(workplace: Path) -> None:
     assert asked("study.yml") == asked("--axis=data")
 
 
-KEYS = "valid.*: workload, axes, set, parts, repeat, seed, site, time_budget"
+KEYS = "valid.*: workload, axes, set, repeat, parts, seed, site, time_budget"
 AXES = "axes: {data: [32]}\n"
 
 

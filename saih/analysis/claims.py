@@ -19,7 +19,7 @@ def evaluate(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> dict
     """One claim as plain data. `points` is the flat table, `measured` is `per_point` of it.
 
     The ratio is taken repeat by repeat between cells that differ in nothing else, as a geometric mean over such pairs;
-    the interval is Student's t over the repeats' logarithms.
+    the interval is Student's t over the repeats' logarithms. Of several pairs, `series` has each by itself.
     """
     told: dict[str, Any] = {
         "name": claim.name,
@@ -28,26 +28,41 @@ def evaluate(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> dict
         "better": claim.better,
         "paper": claim.paper,
         "target": claim.target,
+        "bound": claim.bound,
         "predicted": None,
         "measured": None,
         "interval": None,
         "pairs": 0,
         "verdict": "not-measurable",
         "why": "",
+        "series": [],
     }
     pairs = _pairs(claim, points, measured)
     if isinstance(pairs, str):
         return told | {"why": pairs}
+    told |= _ratio(claim, pairs) | {"pairs": int(pairs.groupby("repeat").size().max()), "series": _series(claim, pairs)}
+    if told["interval"] is None:
+        return told | {"why": "one repeat gives no interval; run with --repeat 3"}
+    return told | _verdict(claim, *told["interval"])
+
+
+def _ratio(claim: Claim, pairs: pd.DataFrame) -> dict[str, Any]:
+    """Measured with its interval, and predicted."""
     logs = np.log(pairs["ratio"]).groupby(pairs["repeat"]).mean().to_numpy()
     ratio, low, high = log_mean_interval(logs)
-    told |= {
-        "measured": ratio,
-        "pairs": int(pairs.groupby("repeat").size().max()),
-        "predicted": _predicted(claim, pairs),
-    }
-    if np.isnan(low):
-        return told | {"why": "one repeat gives no interval; run with --repeat 3"}
-    return told | {"interval": [low, high]} | _verdict(claim, low, high)
+    interval = None if np.isnan(low) else [low, high]
+    return {"measured": ratio, "interval": interval, "predicted": _predicted(claim, pairs)}
+
+
+def _series(claim: Claim, pairs: pd.DataFrame) -> list[dict[str, Any]]:
+    """The ratio for each combination of the other labels, in the order of the sweep; none where there is only one."""
+    varying = [name for name in labels_of(pairs) if pairs[f"label_{name}"].nunique() > 1]
+    if not varying:
+        return []
+    groups = pairs.groupby([f"label_{name}" for name in varying], sort=False)
+    return [
+        {"labels": dict(zip(varying, map(str, labels), strict=True))} | _ratio(claim, group) for labels, group in groups
+    ]
 
 
 def _verdict(claim: Claim, low: float, high: float) -> dict[str, str]:
@@ -65,7 +80,7 @@ def _verdict(claim: Claim, low: float, high: float) -> dict[str, str]:
 
 
 def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame | str:
-    """Columns repeat, ratio, predicted: one row a pair of points; or why there are none."""
+    """Columns repeat, ratio, predicted, label_<axis>: one row a pair of points; or why there are none."""
     axes = labels_of(points)
     where = {axis: label for axis, label in claim.where.items() if axis in axes or label not in ENDS}
     named = [*claim.numerator, *claim.denominator, *where]
@@ -98,7 +113,7 @@ def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.Dat
         return "no pair was measured in every repeat; run the sweep again for the missing points"
     if set(claim.numerator.values()) == {"last"} and (kept["ratio"] == 1).all():
         return f"only one rung of {', '.join(claim.numerator)} is measured"
-    return kept[["repeat", "ratio", "predicted"]]
+    return kept[[*rest, "repeat", "ratio", "predicted"]]
 
 
 def _in_every_repeat(pairs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:

@@ -49,6 +49,7 @@ def _content(results: Results) -> dict[str, Any]:
     groups, groups_left = ([], "") if probing else curves.percent_curves(results)
     maps, maps_left = ([], "") if probing else tables.heat_maps(results)
     phases, phase_rows = tables.phase_rows(results)
+    checks, check_rows = tables.check_rows(results)
     troubles, troubles_total = tables.troubles(results)
     plan = layout(results.axes)
     return {
@@ -75,6 +76,8 @@ def _content(results: Results) -> dict[str, Any]:
         "map_of": tables.main_percentage(results),
         "phases": phases,
         "phase_rows": phase_rows,
+        "checks": checks,
+        "check_rows": check_rows,
         "rates": _rates(results) if probing else None,
         "scaling": _scaling(results),
         "cells": tables.cell_rows(results),

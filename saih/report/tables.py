@@ -100,6 +100,22 @@ def phase_rows(results: Results) -> tuple[list[str], list[dict[str, Any]]]:
     return phases, rows
 
 
+def check_rows(results: Results) -> tuple[list[str], list[dict[str, Any]]]:
+    """The numbers that correctness checks rest on, and for each measured cell its own: the median over repeats."""
+    columns = [name for name in results.by_point if name.startswith("check_") and results.by_point[name].notna().any()]
+    medians = results.by_point.groupby("cell")[columns].median()
+    cells = results.measured.head(MOST_ROWS)
+    rows = [
+        {"labels": _labels(results.axes, cell), "numbers": [_number(medians.at[name, column]) for column in columns]}
+        for name, cell in zip(cells.index, _records(cells), strict=True)
+    ]
+    return [column.removeprefix("check_").replace("_", " ") for column in columns], rows if columns else []
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else numbers.ABSENT
+
+
 def rate_rows(results: Results) -> list[dict[str, Any]]:
     """Sustained rates of the ceilings workload, one row a cell."""
     rows = []

@@ -69,12 +69,18 @@ class ServerState:
     def __init__(self, blocks: BlockAllocator, max_positions: int | None = None) -> None:
         self.blocks = blocks
         self.max_positions = max_positions
+        self.depth = 1
+        """Batches in flight at a time, one for each pipeline stage; `serve` sets it."""
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
+
+    def share(self, requests: int) -> int:
+        """How many of these requests one batch may take, so that there are some for every batch in flight."""
+        return -(-requests // self.depth)
 
     def submit(self, request: Request) -> None:
         """Queues a request; raises SaihError for one that could never finish."""
@@ -161,7 +167,8 @@ class FirstComeFirstServed:
 
     Attributes:
         max_tokens: most tokens in one batch; a longer prompt runs in chunks.
-        max_requests: most requests in one batch.
+        max_requests: most requests in one batch. With several batches in flight, none takes more than its share of all
+            requests: else the first would take every one, and only one pipeline stage would work at a time.
     """
 
     max_tokens: int
@@ -181,9 +188,9 @@ class FirstComeFirstServed:
         return plan if plan.requests else None
 
     def _continue_running(self, state: ServerState, plan: BatchPlan) -> int:
-        budget = self.max_tokens
+        budget, most = self.max_tokens, min(self.max_requests, state.share(len(state.running)))
         for request in list(state.running.values()):
-            if not budget or len(plan.requests) == self.max_requests:
+            if not budget or len(plan.requests) == most:
                 break
             if request.in_flight or request.phase is not Phase.RUNNING:
                 continue
@@ -207,7 +214,8 @@ class FirstComeFirstServed:
         return True
 
     def _admit_waiting(self, state: ServerState, plan: BatchPlan, budget: int) -> None:
-        while state.waiting and budget and len(plan.requests) < self.max_requests:
+        most = min(self.max_requests, state.share(len(state.running) + len(state.waiting)))
+        while state.waiting and budget and len(plan.requests) < most:
             request = state.waiting[0]
             if not state.blocks.grow(request.id, request.context_tokens):
                 break

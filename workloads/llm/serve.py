@@ -45,6 +45,7 @@ def serve(
     lets requests wait for nothing.
     """
     arriving = deque(sorted(requests, key=lambda request: request.arrival_s))
+    state.depth = depth
     flying: deque[tuple[float, Load, BatchPlan]] = deque()
     while arriving or state.busy:
         while arriving and arriving[0].arrival_s <= executor.now_s():

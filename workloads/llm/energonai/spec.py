@@ -51,6 +51,9 @@ PARAMETERS = (
     Parameter("link_gb_per_s", 0.0, "GB/s", "cpu-offload on CPUs: emulated link; 0 = host memory's rate", minimum=0),
 )
 
+_VARIATION = {"uniform": "0", "random": "0.43", "bimodal": "1.5"}
+"""Standard deviation over mean of the batches' times."""
+
 AXES = (
     Axis(
         "data",
@@ -67,6 +70,11 @@ AXES = (
     ),
     Axis("valid", "% of tokens", tuple(Rung(str(v), {"valid": v / 100}, v) for v in (26, 48, 68, 100))),
     Axis(
+        "variation",
+        "coefficient of variation of emulated batches' times",
+        tuple(Rung(size, {"emulated_durations": name}, float(size)) for name, size in _VARIATION.items()),
+    ),
+    Axis(
         "stages",
         "pipeline stages of one emulated model",
         tuple(Rung(str(pp), {"pp": pp, "gpus": pp, "emulated_stage_ms": 80.0 / pp}, pp) for pp in (1, 2, 4, 8)),
@@ -77,38 +85,38 @@ AXES = (
 _DRCE = {"26": 2.5, "48": 1.9, "68": 1.3}
 _NBPP = {"uniform": 1.15, "random": 1.3, "bimodal": 1.8}
 
+
+def _nbpp(durations: str, over: str, text: str, target: float) -> Claim:
+    variation = _VARIATION[durations]
+    return Claim(
+        f"nbpp-over-{over}-{durations}",
+        f"tokens/s {text}, batch times with coefficient of variation {variation} ({durations}; emulated compute)",
+        "work_per_s",
+        {"handoff": "nbpp"},
+        {"handoff": over},
+        target,
+        where={"variation": variation},
+    )
+
+
 CLAIMS = (
     *(
         Claim(
             f"drce-{valid}",
-            f"valid tokens/s on tokens alone over filled-up rows, {valid} % valid tokens; never more than 1/valid",
+            f"valid tokens/s on tokens alone over filled-up rows, {valid} % valid tokens; bound: 1/valid",
             "work_per_s",
             {"rows": "packed"},
             {"rows": "padded"},
             target,
             where={"valid": valid},
+            bound=100 / int(valid),
         )
         for valid, target in _DRCE.items()
     ),
+    *(_nbpp(each, "rendezvous", "of non-blocking over rendezvous hand-off", least) for each, least in _NBPP.items()),
     *(
-        Claim(
-            f"nbpp-{durations}",
-            f"tokens/s of non-blocking over rendezvous hand-off, {durations} batch times (emulated compute)",
-            "work_per_s",
-            {"handoff": "nbpp"},
-            {"handoff": "rendezvous"},
-            target,
-            where={"emulated_durations": durations},
-        )
-        for durations, target in _NBPP.items()
-    ),
-    Claim(
-        "nbpp-over-blocking",
-        "tokens/s of non-blocking hand-off over one batch at a time, over all spreads (emulated compute)",
-        "work_per_s",
-        {"handoff": "nbpp"},
-        {"handoff": "blocking"},
-        target=1.0,
+        _nbpp(each, "blocking", "of non-blocking hand-off over one batch at a time: never slower", 1.0)
+        for each in _NBPP
     ),
     Claim(
         "pp-scalability",
@@ -128,6 +136,7 @@ CLAIMS = (
         {"stages": "1"},
         target=3.0,
         where={"handoff": "nbpp"},
+        bound=4.0,
     ),
     Claim(
         "tp-latency",
@@ -139,6 +148,22 @@ CLAIMS = (
         better="lower",
         where={"gpus": "2"},
         paper="37 % lower latency than FasterTransformer with tensor parallelism",
+        bound=0.5,
+    ),
+    *(
+        Claim(
+            f"pmep-{name}",
+            f"tokens/s with every 2nd layer's weights in host memory over all at hand, copies that {what} the layers "
+            f"between (emulated link, {rate} GB/s)",
+            "work_per_s",
+            {"weights": "cpu-offload"},
+            {"weights": "resident"},
+            target,
+            where={"link_gb_per_s": rate},
+            paper="a model larger than its GPU at limited loss (peer memory)",
+            bound=1.0,
+        )
+        for name, what, rate, target in (("hidden", "fit beside", "1.0", 0.9), ("exposed", "outlast", "0.1", 0.3))
     ),
 )
 

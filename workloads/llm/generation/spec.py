@@ -35,7 +35,7 @@ CAUSAL = tuple(name for name, spec in config.PRESETS.items() if spec.causal)
 
 PARAMETERS = (
     Parameter("shape", "llama-mini", "", "shape of the model, with random weights", choices=CAUSAL),
-    Parameter("checkpoint", "", "", "folder of a Hugging Face checkpoint to load instead of `shape`"),
+    Parameter("checkpoint", "", "", "folder of a Hugging Face checkpoint to load instead of `shape`", path=True),
     Parameter("engine", "saih", "", "what generates; all have the same weights and requests", choices=ENGINES),
     Parameter("task", "serve", "", "serve a trace; or one prefill, or one decode step, by itself", choices=TASKS),
     Parameter("precision", "fp32", "", "of weights, activations and cache", choices=tuple(WORD)),
@@ -50,7 +50,11 @@ PARAMETERS = (
         choices=("even", "mixed"),
     ),
     Parameter(
-        "trace", "", "", "CSV file with lengths, ours or Azure's, instead of the four above; arrivals are ignored"
+        "trace",
+        "",
+        "",
+        "CSV file with lengths, ours or Azure's, instead of the four above; arrivals are ignored",
+        path=True,
     ),
     Parameter("max_requests", 16, "requests", "most in one batch", minimum=1),
     Parameter("max_tokens", 4096, "tokens", "most in one batch; a longer prompt is prefilled in chunks", minimum=1),
@@ -208,9 +212,6 @@ def _cost(items: tuple[tuple[str, bool | int | float | str], ...]) -> Cost:
 
 
 def _check(params: Params) -> None:
-    for name in ("trace", "checkpoint"):
-        if params[name] and not Path(str(params[name])).is_absolute():
-            raise SaihError(f"{name}={params[name]} must be an absolute path: jobs run in folders of their own")
     if int(params["nodes"]) * int(params["gpus"]) > 1:
         raise SaihError("generation runs on one rank; energonai cuts a model over several")
     if params["engine"] != "saih":

@@ -37,7 +37,9 @@ PARAMETERS = (
     Parameter("penalty", 1.4, "", "mixcache: error is this much dearer with each cached step in a row", minimum=1),
     Parameter("granularity", "all", "", "mixcache: what it may choose from", choices=("all", "step", "cfg", "block")),
     Parameter("videos", 6, "videos", "prompts that quality is measured on", minimum=1),
-    Parameter("prompts", "", "", "a text file of prompts, one a line; needed for a checkpoint with a text encoder"),
+    Parameter(
+        "prompts", "", "", "a text file of prompts, one a line; needed for a checkpoint with a text encoder", path=True
+    ),
     Parameter("precision", "fp32", "", "of weights and arithmetic", choices=("fp32", "bf16")),
 )
 
