@@ -25,6 +25,7 @@ PAGES = [
         "workloads/README.md",
         "workloads/llm/README.md",
         "workloads/llm/energonai/README.md",
+        "workloads/llm/generation/README.md",
         "workloads/video/README.md",
         "results/README.md",
         "jobs/README.md",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -100,6 +103,19 @@ def test_a_ticket_is_executed_with_its_own_lengths_whoever_picked_it_up() -> Non
     assert {ticket: x[:, 0].tolist() for ticket, x in results.items()} == {
         ticket: [10 * ticket + 1.0] * len(lens[ticket]) for ticket in range(3)
     }
+
+
+def test_the_documented_serial_code_runs() -> None:
+    page = (Path(bench.__file__).parent / "README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    told = subprocess.run(
+        [sys.executable, "-c", code + "\nprint(tuple(logits_BV.shape), tuple(second.result(0).shape))"],
+        cwd=Path(bench.__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (told.stdout, told.stderr) == ("(2, 512) (1, 512)\n", "")
 
 
 @pytest.fixture

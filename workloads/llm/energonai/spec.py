@@ -72,7 +72,10 @@ AXES = (
     Axis(
         "variation",
         "coefficient of variation of emulated batches' times",
-        tuple(Rung(size, {"emulated_durations": name}, float(size)) for name, size in _VARIATION.items()),
+        tuple(
+            Rung(size, {"emulated_durations": name, "emulated_stage_ms": 20.0}, float(size))
+            for name, size in _VARIATION.items()
+        ),
     ),
     Axis(
         "stages",
@@ -80,7 +83,8 @@ AXES = (
         tuple(Rung(str(pp), {"pp": pp, "gpus": pp, "emulated_stage_ms": 80.0 / pp}, pp) for pp in (1, 2, 4, 8)),
     ),
 )
-"""On the stages axis a batch takes 80 ms through the whole model, however many stages share it."""
+"""On the stages axis a batch takes 80 ms through the whole model, however many stages share it; on the variation axis
+20 ms on each stage, on average."""
 
 _DRCE = {"26": 2.5, "48": 1.9, "68": 1.3}
 _NBPP = {"uniform": 1.15, "random": 1.3, "bimodal": 1.8}
@@ -163,7 +167,7 @@ CLAIMS = (
             paper="a model larger than its GPU at limited loss (peer memory)",
             bound=1.0,
         )
-        for name, what, rate, target in (("hidden", "fit beside", "1.0", 0.9), ("exposed", "outlast", "0.1", 0.3))
+        for name, what, rate, target in (("hidden", "fit beside", "1.0", 0.9), ("exposed", "outlast", "0.2", 0.6))
     ),
 )
 
