@@ -75,6 +75,23 @@ def test_every_stage_has_a_batch_though_one_could_take_all_requests(stages: int,
     assert work_s <= found.iterations[-1].end_s <= work_s * uneven + 2 * stages * most
 
 
+def test_requests_that_run_together_are_shared_out_again() -> None:
+    """As after one batch that took them all: the next one leaves some for the other stage."""
+    state = ServerState(BlockAllocator(100, 4))
+    scheduler = FirstComeFirstServed(10**6, 16)
+    for number in range(5):
+        state.submit(Request(number, range(3), 9))
+    whole = scheduler.next_batch(state)
+    assert whole is not None
+    state.complete(whole, [7] * 5, 0.0)
+    state.depth = 2
+    taken = []
+    while plan := scheduler.next_batch(state):
+        state.launch(plan)
+        taken.append([request.id for request in plan.requests])
+    assert taken == [[0, 1, 2], [3, 4]]
+
+
 class ByLength(FirstComeFirstServed):
     """Takes only requests of the length of the oldest one: the extreme of grouping."""
 
