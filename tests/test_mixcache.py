@@ -18,7 +18,7 @@ from saih.core import Context, Place, Point, Value
 from saih.errors import SaihError
 from saih.timing import Unclocked
 from tests.tiny_video import Tiny, hunyuan, wan
-from workloads.video import checkpoint, peers, shapes
+from workloads.video import checkpoint, denoising, peers, shapes
 from workloads.video.caches import BLOCK, CFG, FULL, STEP
 from workloads.video.loop import Policy, Request, Step
 from workloads.video.mixcache import bench, spec, variants
@@ -290,15 +290,15 @@ def test_a_knob_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_prompts_come_from_the_toys_words_or_a_file(tmp_path: Path) -> None:
     toy = checkpoint.load(checkpoint.TOY / "small")
-    drawn = bench.prompts(toy, params(videos=3), seed=5)
+    drawn = denoising.prompts(toy, params(videos=3), seed=5)
     assert len(set(drawn)) == 3
-    assert drawn == bench.prompts(toy, params(videos=3), seed=5) != bench.prompts(toy, params(videos=3), seed=9)
+    assert drawn == denoising.prompts(toy, params(videos=3), seed=5) != denoising.prompts(toy, params(videos=3), seed=9)
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\ntwo\n")
-    assert bench.prompts(toy, params(videos=3, prompts=str(path)), 0) == ("one", "two", "one")
+    assert denoising.prompts(toy, params(videos=3, prompts=str(path)), 0) == ("one", "two", "one")
     other = dataclasses.replace(toy, words=None)
     with pytest.raises(SaihError, match="prompts: name a text file"):
-        bench.prompts(other, params(), 0)
+        denoising.prompts(other, params(), 0)
 
 
 def test_a_request_of_the_toy_is_guided_by_two_branches() -> None:

@@ -110,7 +110,9 @@ class Checkpoint:
         if self.adapter.frames_first:
             scale = self.pipeline.vae_scale_factor_spatial
             place = (grid[1] * scale, grid[2] * scale, grid[0], self.device)
-            rotary = self.pipeline._prepare_rotary_positional_embeddings(*place)
+            rotary = None
+            if self.adapter.module.config.use_rotary_positional_embeddings:  # 5B has them, 2B has not
+                rotary = self.pipeline._prepare_rotary_positional_embeddings(*place)
             told = {branch: {**condition, "image_rotary_emb": rotary} for branch, condition in told.items()}
         return told
 

@@ -117,17 +117,22 @@ class Reference:
         return Quality(psnr_db(torch.stack(pixels), torch.stack(self.pixels)), sum(likeness) / len(likeness))
 
     def plain_steps(self, db: float, steps: int) -> float:
-        """In how many steps the plain loop is as close to the reference, at most `steps`.
+        """In how many steps the plain loop is as close to the reference, at most `steps`."""
+        return work_at(self.curve, db, steps)
 
-        Between two points of the curve, and beyond its ends, log(steps) is linear in decibels.
-        """
-        points: list[tuple[int, float]] = []
-        for count, reached in self.curve:  # where a noisy curve says that more steps are worse, it is not believed
-            if not points or reached > points[-1][1]:
-                points.append((count, reached))
-        place = min(max(bisect_left([reached for _, reached in points], db), 1), len(points) - 1)
-        (fewer, low), (more, high) = points[place - 1], points[place]
-        return float(min(steps, fewer * (more / fewer) ** ((db - low) / (high - low)))) if math.isfinite(db) else steps
+
+def work_at(curve: Sequence[tuple[float, float]], db: float, most: float) -> float:
+    """The work that reaches that many decibels on a curve of (work, dB), work rising; at most `most`.
+
+    Between two points of the curve, and beyond its ends, log(work) is linear in decibels.
+    """
+    points: list[tuple[float, float]] = []
+    for work, reached in curve:  # where a noisy curve says that more work is worse, it is not believed
+        if not points or reached > points[-1][1]:
+            points.append((work, reached))
+    place = min(max(bisect_left([reached for _, reached in points], db), 1), len(points) - 1)
+    (less, low), (more, high) = points[place - 1], points[place]
+    return float(min(most, less * (more / less) ** ((db - low) / (high - low)))) if math.isfinite(db) else most
 
 
 def run(loop: Loop, requests: Sequence[Request], policy: Policy | None = None) -> list[Result]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from math import prod
-from pathlib import Path
-
-from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
+from saih.core import Axis, Claim, Cost, Parameter, Params, Rung
 from saih.errors import SaihError
-from workloads.video import shapes
+from workloads.video import options, shapes
 
 TITLE = "MixCache: step, CFG and block caches in one video denoise, speed at equal quality"
 PAPER = "MixCache, arXiv:2508.12691, 2025; no public code: trigger and decision are this project's reading"
@@ -24,11 +20,7 @@ PARAMETERS = (
     Parameter("model", "toy", "", "toy, random, or a local checkpoint folder in the layout of diffusers"),
     Parameter("layers", 8, "blocks", "depth of a model with random weights", minimum=3),
     Parameter("width", 96, "numbers", "width of a model with random weights", minimum=12),
-    Parameter("frames", 8, "latent frames", "of a video", minimum=1),
-    Parameter("rows", 24, "latent rows", "of a video", minimum=2),
-    Parameter("columns", 24, "latent columns", "of a video", minimum=2),
-    Parameter("denoise_steps", 50, "steps", "of the uncached run", minimum=4),
-    Parameter("guidance", 5.0, "", "scale of classifier-free guidance", minimum=0),
+    *options.VIDEO,
     Parameter("variant", "mixcache", "", "none, fewer steps, a cache of ours, or a peer", choices=VARIANTS),
     Parameter("speedup", 2.0, "x", "counted work of `none` over the variant's: sets its knob", minimum=1),
     Parameter("threshold", 0.0, "", "the variant's own knob; 0: the one that gives `speedup`", minimum=0),
@@ -36,11 +28,7 @@ PARAMETERS = (
     Parameter("trigger", True, "", "mixcache's trigger; false: caching from the start to the end"),
     Parameter("penalty", 1.4, "", "mixcache: error is this much dearer with each cached step in a row", minimum=1),
     Parameter("granularity", "all", "", "mixcache: what it may choose from", choices=("all", "step", "cfg", "block")),
-    Parameter("videos", 6, "videos", "prompts that quality is measured on", minimum=1),
-    Parameter(
-        "prompts", "", "", "a text file of prompts, one a line; needed for a checkpoint with a text encoder", path=True
-    ),
-    Parameter("precision", "fp32", "", "of weights and arithmetic", choices=("fp32", "bf16")),
+    *options.MEASURED,
 )
 
 _SIZES = {
@@ -50,17 +38,8 @@ _SIZES = {
     "wan-1.3b": ("random", 30, 1536),
     "wan-14b": ("random", 40, 5120),
 }
-_GRIDS = ((8, 16, 16), (8, 24, 24), (8, 32, 32), (16, 48, 48), (20, 60, 104))
-
 AXES = (
-    Axis(
-        "data",
-        "latent frames x rows x columns",
-        tuple(
-            Rung("x".join(map(str, grid)), dict(zip(("frames", "rows", "columns"), grid, strict=True)), prod(grid))
-            for grid in _GRIDS
-        ),
-    ),
+    options.DATA,
     Axis(
         "model",
         "layers x width^2",
@@ -75,7 +54,7 @@ AXES = (
         tuple(Rung(f"{gain:g}", {"speedup": gain}, gain) for gain in (1.25, 1.5, 2.0, 2.5, 3.0)),
     ),
 )
-"""8x24x24 is the toy's own grid, 20x60x104 is 480p and 77 frames with Wan's VAE. wan-* are Wan's shapes with random
+"""wan-* are Wan's shapes with random
 weights, for speed alone: quality means something on the toy and on checkpoints."""
 
 
@@ -176,50 +155,22 @@ CLAIMS = (
 )
 
 
-def grid(params: Params) -> tuple[int, int, int]:
-    """Latent frames, rows and columns of a video."""
-    return int(params["frames"]), int(params["rows"]), int(params["columns"])
-
-
 def shape(params: Params) -> shapes.DiT:
     """The transformer of these parameters. Raises SaihError for a folder that is no checkpoint."""
     model, layers, width = str(params["model"]), int(params["layers"]), int(params["width"])
-    if model in shapes.TOYS:
-        toy = shapes.TOYS[model]
-        if model == "toy" and (layers, width) != (toy.layers, toy.width):
-            raise SaihError(f"the toy has {toy.layers} layers of width {toy.width}; model=random takes others")
-        return toy
-    if model == "random":
-        return shapes.wan(layers, width)
-    described = Path(model) / "transformer" / "config.json"
-    if not described.is_file():
-        raise SaihError(f"model {model}: neither toy, toy-small nor random, nor a folder with transformer/config.json")
-    return shapes.of_config(json.loads(described.read_text()))
+    dit = options.shape(model, layers, width)
+    if model == "toy" and (layers, width) != (dit.layers, dit.width):
+        raise SaihError(f"the toy has {dit.layers} layers of width {dit.width}; model=random takes others")
+    return dit
 
 
 def cost(params: Params) -> Cost:
     """One video on one rank."""
-    dit, size, variant = shape(params), grid(params), str(params["variant"])
-    if any(extent % step for extent, step in zip(size, dit.patch, strict=True)):
-        raise SaihError(f"a grid of {size} is not a whole number of patches of {dit.patch}")
+    dit, steps = shape(params), int(params["denoise_steps"])
     _check_reach(params, dit.layers)
-    steps, word = int(params["denoise_steps"]), 2 if params["precision"] == "bf16" else 4
-    gain = 1.0 if variant == "none" else float(params["speedup"])
-    forwards = 2 * steps / gain
-    flop = forwards * dit.forward_flop(size)
-    tokens = dit.tokens(size)
-    kernels = 3 * dit.layers * forwards  # self-attention, cross-attention, feed-forward
-    moved = forwards * word * (dit.parameters + 40.0 * dit.layers * tokens * dit.width)
-    activations = tokens * (12.0 * dit.width + dit.hidden) + 10.0 * prod(size) * dit.channels
+    gain = 1.0 if params["variant"] == "none" else float(params["speedup"])
     videos = int(params["videos"]) if params["model"] != "random" else 1
-    return Cost(
-        flop=flop,
-        work=2.0 * steps,
-        operations=(Operation(flop / kernels, moved / kernels),) * int(kernels),
-        parameters=dit.parameters,
-        device_bytes=word * (dit.parameters + activations),
-        check_steps=videos + 2,
-    )
+    return options.cost(params, [(dit, 2 * steps / gain)], work=2.0 * steps, check_steps=videos + 2)
 
 
 def _check_reach(params: Params, layers: int) -> None:

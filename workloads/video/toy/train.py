@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,23 +79,32 @@ def make_model(size: str) -> nn.Module:
 
 
 def train(model: nn.Module, clips: Clips, steps: int, batch: int, learning_rate: float, seed: int) -> Iterator[float]:
-    """Flow matching (Lipman et al. 2023): predict noise - clip at a random place between; yields the loss of each step.
-
-    At the end the model holds the moving average of its weights.
-    """
+    """Flow matching (Lipman et al. 2023): predict noise - clip at a random place between; yields each step's loss."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _schedule(step, steps)
+
+    def loss() -> Tensor:
         clean, text = clips.batch(batch, generator)
         noise = torch.randn(clean.shape, generator=generator)
         u = torch.sigmoid(torch.randn(batch, generator=generator) * 1.2)
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
         velocity = model(mixed, sigma * 1000, text, return_dict=False)[0]
-        loss = nn.functional.mse_loss(velocity, noise - clean)
+        return nn.functional.mse_loss(velocity, noise - clean)
+
+    yield from fit(model, loss, steps, learning_rate)
+
+
+def fit(model: nn.Module, loss_of_batch: Callable[[], Tensor], steps: int, learning_rate: float) -> Iterator[float]:
+    """AdamW on one batch after the other; yields the loss of each step.
+
+    At the end the model holds the moving average of its weights.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * _schedule(step, steps)
+        loss = loss_of_batch()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,0 +1,173 @@
+"""One step is one video: what the benches of all systems of this family share, from loading to quality.
+
+A bench is a subclass that sets a policy, and says what its videos are worth and what of them it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from saih.core import Check, Clock, Context, Params, Point, Work
+from saih.errors import SaihError
+from workloads.video import checkpoint as checkpoints
+from workloads.video import options
+from workloads.video.checkpoint import Checkpoint
+from workloads.video.loop import COND, Policy, Result, Step
+from workloads.video.reference import Reference, Videos, run
+from workloads.video.shapes import DiT
+
+CALIBRATION_SEED = 1_000_000
+"""Noise and prompts that knobs are set on; quality is measured on others."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Denoising:
+    """Models and a policy, ready to make videos.
+
+    Args:
+        shapes: of the loop's models, the first one being the one that quality is measured against.
+        others: the loop's further models.
+
+    Attributes:
+        baseline: the variant that must give the reference's own bits.
+        checkpoint: of the first model.
+        reference: None for random weights, where quality means nothing.
+        requests: what is made, by turns.
+    """
+
+    baseline = ""
+
+    def __init__(
+        self,
+        point: Point,
+        context: Context,
+        loaded: tuple[Checkpoint, str],
+        shapes: Sequence[DiT],
+        others: Sequence[Checkpoint] = (),
+    ) -> None:
+        self.params = point.params
+        self.checkpoint, identity = loaded
+        self.videos = videos(self.checkpoint, self.params, point.seed)
+        self.folder = Path(context.data_folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trained = all(each.trained for each in (self.checkpoint, *others))
+        self.reference = Reference.of(self.checkpoint, self.videos, identity, self.folder) if trained else None
+        self.loop = self.checkpoint.loop(*others)
+        self.requests = self.videos.requests(self.checkpoint)
+        self.policy = Policy()
+        self.forward_flop = [shape.forward_flop(self.videos.grid) for shape in shapes]
+        self.made = 0
+
+    def step(self, clock: Clock) -> Work:
+        clock.enter("compute")
+        result = self.loop.generate(self.requests[self.made % len(self.requests)], self.policy)
+        self.made += 1
+        forwards = self.forwards(result)
+        return Work(self.units(forwards), forwards * self.forward_flop[0])
+
+    def check(self) -> Check:
+        """Parts of the models are the models, bit for bit; two runs are equal; quality and work are noted."""
+        results = run(self.loop, self.requests, self.policy)
+        again = self.loop.generate(self.requests[0], self.policy)
+        numbers = self.counted(results) | self.quality(results)
+        finite = all(bool(torch.isfinite(result.latents).all()) for result in results)
+        exact = self.params["variant"] != self.baseline or numbers.get("ssim", 1.0) == 1.0
+        wrong = {
+            "embedding, blocks and head differ from the transformer's own forward": not self._parts_are_the_models(),
+            "two runs of one request differ": not torch.equal(again.latents, results[0].latents),
+            "latents are not finite": not finite,
+            "the uncached run differs from the reference": not exact,
+        }
+        return Check(not any(wrong.values()), numbers, "; ".join(why for why, is_so in wrong.items() if is_so))
+
+    def close(self) -> None:
+        """Nothing is held outside this object."""
+
+    def forwards(self, result: Result) -> float:
+        """Work of a video in forwards of the first model."""
+        done = zip(result.forwards, self.forward_flop, strict=True)
+        return sum(forwards * flop for forwards, flop in done) / self.forward_flop[0]
+
+    def units(self, forwards: float) -> float:
+        """What a video of that much work is worth, in the workload's unit."""
+        return forwards
+
+    def counted(self, results: Sequence[Result]) -> dict[str, float]:
+        """Work, and what a system wants noted of it; means over videos."""
+        forwards = sum(map(self.forwards, results)) / len(results)
+        plain = self.videos.steps * len(self.requests[0].branches)
+        return {"forwards": forwards, "work_gain": plain / forwards}
+
+    def quality(self, results: Sequence[Result]) -> dict[str, float]:
+        """Against the uncached videos, and the forwards that plain fewer steps need for that; empty without them."""
+        if self.reference is None:
+            return {}
+        quality = self.reference.quality(self.checkpoint, results)
+        forwards = sum(map(self.forwards, results)) / len(results)
+        worth = len(self.requests[0].branches) * self.reference.plain_steps(quality.psnr_db, self.videos.steps)
+        if self.params["variant"] == "fewer-steps":
+            worth = forwards  # by definition; the interpolated curve may be a little off
+        numbers = {"ssim": quality.ssim, "iso_forwards": worth, "iso_gain": worth / forwards}
+        return numbers | ({"psnr_db": quality.psnr_db} if quality.psnr_db < float("inf") else {})
+
+    @torch.no_grad()
+    def _parts_are_the_models(self) -> bool:
+        """One forward of the conditional branch in parts, and by each transformer itself.
+
+        Each in a context of its own, for a cache of diffusers would take the second for a step after the first.
+        """
+        request, first = self.requests[0], self.loop.models[0]
+        timesteps = first.set_timesteps(self.loop.scheduler, request.steps, self.loop.device)
+        for adapter in self.loop.models:
+            step = Step(0, timesteps[0], request.noise, request, [adapter])
+            with adapter.module.cache_context("parts"):
+                parts = step.predict((COND,))[COND]
+            with adapter.module.cache_context("whole"):
+                whole = adapter.module(
+                    request.noise.to(adapter.module.dtype),
+                    timestep=timesteps[0].expand(1),
+                    **request.conditions[COND],
+                    return_dict=False,
+                )[0]
+            if not torch.equal(parts, whole):
+                return False
+        return True
+
+
+def load(model: str, layers: int, width: int, params: Params, device: str) -> tuple[Checkpoint, str]:
+    """A model by name, and what its weights are known by. layers and width are of random weights."""
+    dtype = DTYPES[str(params["precision"])]
+    if model == "random":
+        return checkpoints.random_wan(layers, width, device, dtype), f"random {layers} x {width} {dtype}"
+    folder = options.folder(model)
+    return checkpoints.load(folder, device, dtype), f"{checkpoints.identity(folder)} {dtype}"
+
+
+def videos(checkpoint: Checkpoint, params: Params, seed: int) -> Videos:
+    """The videos of a point, of prompts and noise from this seed on."""
+    steps, guidance = int(params["denoise_steps"]), float(params["guidance"])
+    return Videos(prompts(checkpoint, params, seed), options.grid(params), steps, guidance, seed)
+
+
+def calibration(checkpoint: Checkpoint, params: Mapping[str, float | str]) -> Videos:
+    """One video that knobs are set on."""
+    return videos(checkpoint, {**params, "videos": 1}, CALIBRATION_SEED)
+
+
+def prompts(checkpoint: Checkpoint, params: Params, seed: int) -> tuple[str, ...]:
+    """As many as `videos`: of the file, or drawn from a toy's words. Raises SaihError where there is no source."""
+    wanted = int(params["videos"])
+    if params["prompts"]:
+        lines = Path(str(params["prompts"])).read_text().splitlines()
+        given = [line.strip() for line in lines if line.strip()]
+        if not given:
+            raise SaihError(f"prompts: {params['prompts']} holds none")
+        return tuple(given[place % len(given)] for place in range(wanted))
+    if checkpoint.words is not None:
+        return tuple(checkpoint.words.prompt(seed + place) for place in range(wanted))
+    if checkpoint.trained:
+        raise SaihError("prompts: name a text file of prompts for a checkpoint with a text encoder")
+    return ("random",)

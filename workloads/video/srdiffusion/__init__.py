@@ -1,0 +1,1 @@
+"""SRDiffusion: a large model sketches the high-noise steps of a video, a small one renders the rest."""

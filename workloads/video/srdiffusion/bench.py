@@ -1,0 +1,129 @@
+"""SRDiffusion's bench: who takes which steps of a video, and what the best fixed switch would have cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, replace
+
+from torch import Tensor
+
+from saih.core import Context, Params, Point
+from saih.files import write_atomic
+from workloads.video.denoising import Denoising, load
+from workloads.video.loop import Policy, Request, Result, Step
+from workloads.video.reference import Reference, source_digest, work_at
+from workloads.video.srdiffusion import spec
+from workloads.video.srdiffusion.policy import RENDER, SKETCH, EveryOther, SelfDifference, SketchRender, Switch
+
+SHARES = (0.0, 0.06, 0.1, 0.16, 0.2, 0.26, 0.3, 0.36, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Of the steps: where the curve of fixed switches is measured."""
+
+Curve = tuple[tuple[float, float], ...]
+"""(work in large forwards, dB), work rising."""
+
+
+def setup(point: Point, context: Context) -> SharedDenoising:
+    """Load both models and make what quality is measured against where it is not on disk yet."""
+    return SharedDenoising(point, context)
+
+
+class SharedDenoising(Denoising):
+    """A large and a small model, and a variant's policy."""
+
+    baseline = "large"
+
+    def __init__(self, point: Point, context: Context) -> None:
+        params = point.params
+        large, small = str(params["model"]), spec.small(params)
+        sizes = [spec.shape_of_large(params), spec.shape_of_small(params)]
+        first = load(large, int(params["layers"]), int(params["width"]), params, context.device)
+        second = load(small, int(params["small_layers"]), int(params["small_width"]), params, context.device)
+        super().__init__(point, context, first, sizes, [second[0]])
+        self.requests = self.videos.requests(self.checkpoint, spec.plain_steps(params))
+        self.policy = policy(params)
+        self.small_share = self.forward_flop[1] / self.forward_flop[0]
+        self.switches = self._fixed_switches(self.reference, (first[1], second[1])) if self.reference else ()
+
+    def counted(self, results: Sequence[Result]) -> dict[str, float]:
+        """Also the steps of each model, and the gain that the shares of steps and of work predict."""
+        count, steps = len(results), self.requests[0].steps
+        sketched = sum(result.counts[SKETCH] for result in results) / count
+        numbers = super().counted(results) | {"small_share": self.small_share}
+        if self.params["variant"] == "fewer-steps":
+            return numbers
+        numbers |= {
+            "switch_step": sketched,
+            "first_switch": float(min(result.counts[SKETCH] for result in results)),
+            "last_switch": float(max(result.counts[SKETCH] for result in results)),
+            "reused_steps": steps - sketched - sum(result.counts[RENDER] for result in results) / count,
+            "cache_bytes": float(max(result.cache_bytes for result in results)),
+        }
+        if self.params["variant"] == "reversed":
+            sketched = steps - sketched
+        share = sketched / steps
+        return numbers | {"predicted_gain": 1 / (share + (1 - share) * self.small_share)}
+
+    def quality(self, results: Sequence[Result]) -> dict[str, float]:
+        """Also the work that fixed switches need for that PSNR, on the same videos, over the work done."""
+        numbers = super().quality(results)
+        if not numbers:
+            return {}
+        most = float(self.videos.steps * len(self.requests[0].branches))
+        worth = work_at(self.switches, numbers.get("psnr_db", math.inf), most)
+        done = sum(map(self.forwards, results)) / len(results)
+        if self.params["variant"] == "fixed-switch":
+            worth = done  # by definition; the interpolated curve may be a little off
+        return numbers | {"iso_switch_gain": worth / done}
+
+    def _fixed_switches(self, reference: Reference, identities: Sequence[str]) -> Curve:
+        """(work, dB) of switches at fixed steps, from disk, or measured and kept there."""
+        told = [source_digest(), *identities, astuple(self.videos)]
+        path = self.folder / f"srdiffusion-switches-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.json"
+        if not path.exists():
+            curve = self._measure_fixed_switches(reference)
+            write_atomic(path, lambda file: file.write(json.dumps(curve).encode()))
+        return tuple((work, db) for work, db in json.loads(path.read_text()))
+
+    def _measure_fixed_switches(self, reference: Reference) -> Curve:
+        """The large model goes all the way once; the small one sets out from many places of it."""
+        steps, requests, curve = self.videos.steps, self.videos.requests(self.checkpoint), []
+        sketches = [Sketch() for _ in requests]
+        for request, sketch in zip(requests, sketches, strict=True):
+            self.loop.generate(request, sketch)
+        for switch in sorted({round(share * steps) for share in SHARES} - {steps}):
+            results = [
+                self.loop.generate(replace(request, noise=sketch.latents[switch]), SketchRender(Switch(0)), switch)
+                for request, sketch in zip(requests, sketches, strict=True)
+            ]
+            work = len(requests[0].branches) * (switch + (steps - switch) * self.small_share)
+            curve.append((work, reference.quality(self.checkpoint, results).psnr_db))
+        return tuple(curve)
+
+
+class Sketch(Policy):
+    """The plain loop, with the latents before each step kept."""
+
+    def start(self, request: Request) -> None:
+        self.latents = [request.noise]
+
+    def after(self, step: Step, latents: Tensor) -> Tensor:
+        self.latents.append(latents)
+        return latents
+
+
+def policy(params: Params) -> Policy:
+    """The policy of these parameters."""
+    variant, steps = str(params["variant"]), int(params["denoise_steps"])
+    if variant == "fewer-steps":
+        return Policy()
+    if variant in spec.ADAPTIVE:
+        bounds = int(params["min_switch"]), int(params["max_switch"])
+        render = EveryOther() if variant == "srdiffusion+cache" else Policy()
+        return SketchRender(SelfDifference(float(params["threshold"]), *bounds), render=render)
+    switch = min(steps, int(params["switch_step"]))
+    if variant == "reversed":
+        return SketchRender(Switch(steps - switch), models=(1, 0))
+    return SketchRender(Switch({"large": steps, "small": 0}.get(variant, switch)))
