@@ -1,4 +1,4 @@
-"""One step is one video: what the benches of all systems of this family share, from loading to quality.
+"""One step is one request: what the benches of all systems of this family share, from loading to quality.
 
 A bench is a subclass that sets a policy, and says what its videos are worth and what of them it counts.
 """
@@ -63,10 +63,11 @@ class Denoising:
 
     def step(self, clock: Clock) -> Work:
         clock.enter("compute")
-        result = self.loop.generate(self.requests[self.made % len(self.requests)], self.policy)
+        request = self.requests[self.made % len(self.requests)]
         self.made += 1
-        forwards = self.forwards(result)
-        return Work(self.units(forwards), forwards * self.forward_flop[0])
+        forwards = self.forwards(self.loop.generate(request, self.policy))
+        made = len(request.noise)
+        return Work(made * self.units(forwards), made * forwards * self.forward_flop[0])
 
     def check(self) -> Check:
         """Parts of the models are the models, bit for bit; two runs are equal; quality and work are noted."""
@@ -87,7 +88,7 @@ class Denoising:
         """Nothing is held outside this object."""
 
     def forwards(self, result: Result) -> float:
-        """Work of a video in forwards of the first model."""
+        """Work of each video of a request in forwards of the first model."""
         done = zip(result.forwards, self.forward_flop, strict=True)
         return sum(forwards * flop for forwards, flop in done) / self.forward_flop[0]
 
@@ -128,7 +129,7 @@ class Denoising:
             with adapter.module.cache_context("whole"):
                 whole = adapter.module(
                     request.noise.to(adapter.module.dtype),
-                    timestep=timesteps[0].expand(1),
+                    timestep=timesteps[0].expand(len(request.noise)),
                     **request.conditions[COND],
                     return_dict=False,
                 )[0]
@@ -149,7 +150,8 @@ def load(model: str, layers: int, width: int, params: Params, device: str) -> tu
 def videos(checkpoint: Checkpoint, params: Params, seed: int) -> Videos:
     """The videos of a point, of prompts and noise from this seed on."""
     steps, guidance = int(params["denoise_steps"]), float(params["guidance"])
-    return Videos(prompts(checkpoint, params, seed), options.grid(params), steps, guidance, seed)
+    batch = int(params.get("batch", 1))
+    return Videos(prompts(checkpoint, params, seed), options.grid(params), steps, guidance, seed, batch)
 
 
 def calibration(checkpoint: Checkpoint, params: Mapping[str, float | str]) -> Videos:
@@ -170,4 +172,4 @@ def prompts(checkpoint: Checkpoint, params: Params, seed: int) -> tuple[str, ...
         return tuple(checkpoint.words.prompt(seed + place) for place in range(wanted))
     if checkpoint.trained:
         raise SaihError("prompts: name a text file of prompts for a checkpoint with a text encoder")
-    return ("random",)
+    return ("random",) * int(params.get("batch", 1))

@@ -66,33 +66,33 @@ def shape(model: str, layers: int, width: int) -> shapes.DiT:
 
 
 def cost(params: Params, models: Sequence[tuple[shapes.DiT, float]], work: float, check_steps: float) -> Cost:
-    """Of one video on one rank.
+    """Of one request on one rank.
 
     Args:
         models: each with its forwards for a video.
-        work: in the workload's unit.
+        work: of a video in the workload's unit.
 
     Raises:
         SaihError: the grid is not a whole number of patches.
     """
-    size, word = grid(params), 2 if params["precision"] == "bf16" else 4
+    size, word, batch = grid(params), 2 if params["precision"] == "bf16" else 4, int(params.get("batch", 1))
     operations: list[Operation] = []
     for dit, forwards in models:
         if any(extent % step for extent, step in zip(size, dit.patch, strict=True)):
             raise SaihError(f"a grid of {size} is not a whole number of patches of {dit.patch}")
         kernels = int(3 * dit.layers * forwards)  # self-attention, cross-attention, feed-forward
-        moved = forwards * word * (dit.parameters + 40.0 * dit.layers * dit.tokens(size) * dit.width)
+        moved = forwards * word * (dit.parameters + 40.0 * batch * dit.layers * dit.tokens(size) * dit.width)
         if kernels:
-            operations += [Operation(forwards * dit.forward_flop(size) / kernels, moved / kernels)] * kernels
+            operations += [Operation(batch * forwards * dit.forward_flop(size) / kernels, moved / kernels)] * kernels
     activations = max(
         dit.tokens(size) * (12.0 * dit.width + dit.hidden) + 10.0 * prod(size) * dit.channels for dit, _ in models
     )
     parameters = sum(dit.parameters for dit, _ in models)
     return Cost(
-        flop=sum(forwards * dit.forward_flop(size) for dit, forwards in models),
-        work=work,
+        flop=batch * sum(forwards * dit.forward_flop(size) for dit, forwards in models),
+        work=batch * work,
         operations=tuple(operations),
         parameters=parameters,
-        device_bytes=word * (parameters + activations),
+        device_bytes=word * (parameters + batch * activations),
         check_steps=check_steps,
     )

@@ -10,7 +10,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ class Videos:
         steps: denoise steps.
         guidance: scale of classifier-free guidance.
         seed: of the noise of the first video; the next ones follow.
+        batch: videos of one request.
     """
 
     prompts: tuple[str, ...]
@@ -51,13 +52,24 @@ class Videos:
     steps: int
     guidance: float
     seed: int = 0
+    batch: int = 1
 
     def requests(self, checkpoint: Checkpoint, steps: int = 0) -> list[Request]:
-        """A request for each video, in as many steps."""
-        return [
+        """Requests for all videos, in as many steps."""
+        alone = [
             checkpoint.request(prompt, self.grid, steps or self.steps, self.guidance, self.seed + place)
             for place, prompt in enumerate(self.prompts)
         ]
+        if self.batch == 1:
+            return alone
+        return [self._together(checkpoint, alone[at : at + self.batch]) for at in range(0, len(alone), self.batch)]
+
+    def _together(self, checkpoint: Checkpoint, requests: Sequence[Request]) -> Request:
+        conditions = {
+            branch: checkpoint.adapter.join([request.conditions[branch] for request in requests])
+            for branch in requests[0].branches
+        }
+        return replace(requests[0], noise=torch.cat([request.noise for request in requests]), conditions=conditions)
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Reference:
     @classmethod
     def of(cls, checkpoint: Checkpoint, videos: Videos, identity: str, folder: Path) -> Reference:
         """From `folder`, or made and kept there. `identity` is what the weights are known by."""
-        told = [source_digest(), identity, videos.prompts, videos.grid, videos.steps, videos.guidance, videos.seed]
+        told = [source_digest(), identity, astuple(videos)]
         name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
         path = folder / f"video-reference-{name}.npz"
         if not path.exists():
@@ -97,7 +109,7 @@ class Reference:
     def make(cls, checkpoint: Checkpoint, videos: Videos) -> Reference:
         """Run the plain loop in all of the steps, then in fewer."""
         loop = checkpoint.loop()
-        pixels = tuple(checkpoint.pixels(result.latents).cpu() for result in run(loop, videos.requests(checkpoint)))
+        pixels = tuple(_pixels(checkpoint, run(loop, videos.requests(checkpoint))))
         plain = cls(pixels, ())
         curve = {}
         for steps in sorted({max(2, round(share * videos.steps)) for share in SHARES} - {videos.steps}):
@@ -111,14 +123,19 @@ class Reference:
         write_atomic(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
     def quality(self, checkpoint: Checkpoint, results: Sequence[Result]) -> Quality:
-        """Of one result for each video."""
-        pixels = [checkpoint.pixels(result.latents).cpu() for result in results]
+        """Of the results of all requests."""
+        pixels = _pixels(checkpoint, results)
         likeness = [ssim(video, plain) for video, plain in zip(pixels, self.pixels, strict=True)]
         return Quality(psnr_db(torch.stack(pixels), torch.stack(self.pixels)), sum(likeness) / len(likeness))
 
     def plain_steps(self, db: float, steps: int) -> float:
         """In how many steps the plain loop is as close to the reference, at most `steps`."""
         return work_at(self.curve, db, steps)
+
+
+def _pixels(checkpoint: Checkpoint, results: Sequence[Result]) -> list[Tensor]:
+    """Of each video of each result."""
+    return [checkpoint.pixels(latents).cpu() for result in results for latents in result.latents.split(1)]
 
 
 def work_at(curve: Sequence[tuple[float, float]], db: float, most: float) -> float:
@@ -136,5 +153,5 @@ def work_at(curve: Sequence[tuple[float, float]], db: float, most: float) -> flo
 
 
 def run(loop: Loop, requests: Sequence[Request], policy: Policy | None = None) -> list[Result]:
-    """Requests one after the other, as a server without batching has them."""
+    """Requests one after the other."""
     return [loop.generate(request, policy) for request in requests]

@@ -22,6 +22,7 @@ PARAMETERS = (
     Parameter("small_layers", 3, "blocks", "depth of a small model with random weights", minimum=1),
     Parameter("small_width", 72, "numbers", "width of a small model with random weights", minimum=12),
     *options.VIDEO,
+    Parameter("batch", 1, "videos", "of one request; they switch together", minimum=1),
     Parameter("variant", "srdiffusion", "", "who takes which steps", choices=VARIANTS),
     Parameter("switch_step", 15, "steps", "of the large model, where fixed; sets the work of fewer-steps", minimum=0),
     Parameter("threshold", 0.01, "", "adaptive: switch once the change of predictions falls by less", minimum=0),
@@ -112,7 +113,7 @@ def plain_steps(params: Params) -> int:
 
 
 def cost(params: Params) -> Cost:
-    """One video on one rank. An adaptive switch is taken to come after `switch_step`."""
+    """One request on one rank. An adaptive switch is taken to come after `switch_step`."""
     variant, steps = str(params["variant"]), int(params["denoise_steps"])
     if int(params["min_switch"]) > int(params["max_switch"]):
         raise SaihError(f"min_switch {params['min_switch']} is more than max_switch {params['max_switch']}")
@@ -123,5 +124,8 @@ def cost(params: Params) -> Cost:
     if variant == "srdiffusion+cache":
         rendered /= 2
     models = [(shape_of_large(params), 2.0 * sketched), (shape_of_small(params), 2.0 * rendered)]
-    videos = int(params["videos"]) if params["model"] != "random" else 1
-    return options.cost(params, models, work=2 * (sketched + rendered * small_share(params)), check_steps=videos + 2)
+    videos, batch = int(params["videos"]), int(params["batch"])
+    if videos % batch:
+        raise SaihError(f"{videos} videos are not a whole number of batches of {batch}")
+    work = 2 * (sketched + rendered * small_share(params))
+    return options.cost(params, models, work, check_steps=videos // batch + 2)
