@@ -138,6 +138,18 @@ RANDOM_TEXT_TOKENS = 226
 """Text tokens of a request for a model without a text encoder; what Wan's pipeline pads to."""
 
 
+def transformer(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Adapter:
+    """The transformer alone of a checkpoint folder: enough for a loop's second model.
+
+    Raises:
+        SaihError: there is none, or it has no adapter.
+    """
+    import diffusers
+
+    model = getattr(diffusers, _family(folder)).from_pretrained(folder / "transformer", torch_dtype=dtype)
+    return _ready(model, device)
+
+
 def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
     """The checkpoint in a local folder in the layout of diffusers.
 
@@ -146,16 +158,10 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     """
     import diffusers
 
-    described = folder / "transformer" / "config.json"
-    if not described.is_file():
-        raise SaihError(f"{folder} is no checkpoint folder: it has no transformer/config.json")
-    family = json.loads(described.read_text())["_class_name"]
-    if family not in ADAPTERS:
-        raise SaihError(f"{folder}: no adapter for {family}; there are adapters for {', '.join(ADAPTERS)}")
+    family = _family(folder)
     if (folder / WORDS).is_file():
-        model = getattr(diffusers, family).from_pretrained(folder / "transformer", torch_dtype=dtype)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        return Checkpoint(_ready(model, device), scheduler, device, words=WordEmbeddings.load(folder))
+        return Checkpoint(transformer(folder, device, dtype), scheduler, device, words=WordEmbeddings.load(folder))
     if not (folder / "text_encoder").is_dir():
         raise SaihError(f"{folder} has neither a text_encoder nor {WORDS}: nothing there can read a prompt")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
@@ -164,6 +170,16 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     if family == "CogVideoXTransformer3DModel":
         scheduler = diffusers.CogVideoXDDIMScheduler.from_config(scheduler.config)
     return Checkpoint(_ready(pipeline.transformer, device), scheduler, device, pipeline=pipeline)
+
+
+def _family(folder: Path) -> str:
+    described = folder / "transformer" / "config.json"
+    if not described.is_file():
+        raise SaihError(f"{folder} is no checkpoint folder: it has no transformer/config.json")
+    family: str = json.loads(described.read_text())["_class_name"]
+    if family not in ADAPTERS:
+        raise SaihError(f"{folder}: no adapter for {family}; there are adapters for {', '.join(ADAPTERS)}")
+    return family
 
 
 def identity(folder: Path) -> str:

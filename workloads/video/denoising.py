@@ -14,8 +14,9 @@ from saih.core import Check, Clock, Context, Params, Point, Work
 from saih.errors import SaihError
 from workloads.video import checkpoint as checkpoints
 from workloads.video import options
+from workloads.video.adapters import Adapter
 from workloads.video.checkpoint import Checkpoint
-from workloads.video.loop import COND, Policy, Result, Step
+from workloads.video.loop import COND, Loop, Policy, Result, Step
 from workloads.video.reference import Reference, Videos, run
 from workloads.video.shapes import DiT
 
@@ -46,16 +47,16 @@ class Denoising:
         context: Context,
         loaded: tuple[Checkpoint, str],
         shapes: Sequence[DiT],
-        others: Sequence[Checkpoint] = (),
+        others: Sequence[Adapter] = (),
     ) -> None:
         self.params = point.params
         self.checkpoint, identity = loaded
         self.videos = videos(self.checkpoint, self.params, point.seed)
         self.folder = Path(context.data_folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        trained = all(each.trained for each in (self.checkpoint, *others))
+        trained = self.checkpoint.trained
         self.reference = Reference.of(self.checkpoint, self.videos, identity, self.folder) if trained else None
-        self.loop = self.checkpoint.loop(*others)
+        self.loop = Loop([self.checkpoint.adapter, *others], self.checkpoint.scheduler, context.device)
         self.requests = self.videos.requests(self.checkpoint)
         self.policy = Policy()
         self.forward_flop = [shape.forward_flop(self.videos.grid) for shape in shapes]
@@ -145,6 +146,15 @@ def load(model: str, layers: int, width: int, params: Params, device: str) -> tu
         return checkpoints.random_wan(layers, width, device, dtype), f"random {layers} x {width} {dtype}"
     folder = options.folder(model)
     return checkpoints.load(folder, device, dtype), f"{checkpoints.identity(folder)} {dtype}"
+
+
+def load_transformer(model: str, layers: int, width: int, params: Params, device: str) -> tuple[Adapter, str]:
+    """The same without what encodes and decodes: for a model that works on another one's videos."""
+    if model == "random":
+        checkpoint, identity = load(model, layers, width, params, device)
+        return checkpoint.adapter, identity
+    dtype, folder = DTYPES[str(params["precision"])], options.folder(model)
+    return checkpoints.transformer(folder, device, dtype), f"{checkpoints.identity(folder)} {dtype}"
 
 
 def videos(checkpoint: Checkpoint, params: Params, seed: int) -> Videos:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saih.core import Context, Params, Point
 from saih.files import write_atomic
-from workloads.video.denoising import Denoising, load
+from workloads.video.denoising import Denoising, load, load_transformer
 from workloads.video.loop import Policy, Request, Result, Step
 from workloads.video.reference import Reference, source_digest, work_at
 from workloads.video.srdiffusion import spec
@@ -40,7 +40,9 @@ class SharedDenoising(Denoising):
         large, small = str(params["model"]), spec.small(params)
         sizes = [spec.shape_of_large(params), spec.shape_of_small(params)]
         first = load(large, int(params["layers"]), int(params["width"]), params, context.device)
-        second = load(small, int(params["small_layers"]), int(params["small_width"]), params, context.device)
+        second = load_transformer(
+            small, int(params["small_layers"]), int(params["small_width"]), params, context.device
+        )
         super().__init__(point, context, first, sizes, [second[0]])
         self.requests = self.videos.requests(self.checkpoint, spec.plain_steps(params))
         self.policy = policy(params)

@@ -12,6 +12,7 @@ import copy
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from saih.errors import SaihError
+from workloads.video.adapters import adapt
 from workloads.video.checkpoint import Checkpoint, load
 from workloads.video.loop import COND, UNCOND, Policy, Request, Step
-from workloads.video.toy.train import fit, save
+from workloads.video.toy.train import fit, make_model, save
 from workloads.video.words import WordEmbeddings
 
 STEPS, GUIDANCE, GRID = 50, 5.0, (8, 24, 24)
@@ -56,8 +58,8 @@ class Lessons:
         weights: chance of each step to be learnt from: how far it moves the latents.
     """
 
-    def __init__(self, large: Checkpoint, small: Checkpoint, words: WordEmbeddings) -> None:
-        self.loop, self.words, self.seed = large.loop(small), words, FIRST_SEED
+    def __init__(self, large: Checkpoint, small: Checkpoint, words: WordEmbeddings, seed: int = FIRST_SEED) -> None:
+        self.loop, self.words, self.seed = large.loop(small), words, seed
         self.text: list[Tensor] = []
         self.states: list[tuple[Tensor, ...]] = []
         timesteps = large.adapter.set_timesteps(large.scheduler, STEPS, "cpu")
@@ -99,8 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     large, small = load(options.large), load(options.small)
     if small.words is None:
         raise SaihError(f"{options.small} is no toy: it has no table of words")
-    model, generator = small.adapter.module, torch.Generator().manual_seed(0)
-    lessons, start_s = Lessons(large, small, small.words), time.perf_counter()
+    model, generator = make_model("small").eval(), torch.Generator().manual_seed(0)
+    model.load_state_dict(small.adapter.module.state_dict())
+    learner = replace(small, adapter=adapt(model))
+    lessons, start_s = Lessons(large, learner, small.words, options.seed), time.perf_counter()
     losses: list[float] = []
     for part in range(options.rounds):
         lessons.add(options.videos // options.rounds, options.batch, SWITCHES if part else (STEPS,))
@@ -126,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=3600, help="training steps, all rounds together (3600)")
     parser.add_argument("--batch", type=int, default=8, help="states of a step, and videos denoised together (8)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate (0.0015)")
+    parser.add_argument("--seed", type=int, default=FIRST_SEED, help=f"of the first prompt and noise ({FIRST_SEED})")
     parser.add_argument("--threads", type=int, default=1, help="threads (1)")
     return parser
 
