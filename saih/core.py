@@ -314,6 +314,29 @@ class Claim:
     """What the ratio would be if the technique had no cost of its own, whatever the machine; None where it depends."""
 
 
+@dataclass(frozen=True)
+class TradeOff:
+    """What a technique gives up for its speed: drawn as quality over speed-up, a line for each series of points.
+
+    Names are those of `Check.numbers`. A point without the quality, such as an uncached run, is not drawn.
+    """
+
+    quality: str
+    label: str
+    """Of the quality, with its unit."""
+    speedup: str
+    """Counted work of the plain run over the point's."""
+    gain: str
+    """Work that the reference needs for the same quality over the point's: below 1 the technique is worth nothing."""
+    along: str
+    """The axis that a line runs along; all others tell lines apart."""
+    axis: str = "variant"
+    baseline: str = "none"
+    """Rung of `axis` that measured speed-ups are over."""
+    reference: str = "fewer-steps"
+    """Rung of `axis` that every other one has to beat."""
+
+
 class Clock(Protocol):
     """What a workload sees of the clock: it says which phase begins now, saih does the timing."""
 

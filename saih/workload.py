@@ -12,14 +12,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
-from saih.core import COMMON, Axis, Bench, Claim, Context, Cost, Parameter, Params, Point
+from saih.core import COMMON, Axis, Bench, Claim, Context, Cost, Parameter, Params, Point, TradeOff
 from saih.errors import SaihError, unknown
 
 ENTRY_POINTS = "saih.workloads"
 
 
 class Spec(Protocol):
-    """What spec.py must define. It is planned with on login nodes: it imports nothing heavy, least of all torch."""
+    """What spec.py must define. It is planned with on login nodes: it imports nothing heavy, least of all torch.
+
+    It may define TRADE_OFF besides, a `TradeOff`: what its report draws quality over speed-up from.
+    """
 
     TITLE: str
     PAPER: str
@@ -76,6 +79,11 @@ def family_folder(name: str) -> Path:
 def parameters(workload: Spec) -> dict[str, Parameter]:
     """All parameters of a workload by name: its own, then the common ones."""
     return {parameter.name: parameter for parameter in (*workload.PARAMETERS, *COMMON)}
+
+
+def trade_off(workload: Spec | None) -> TradeOff | None:
+    """What a workload trades quality against, where it says so."""
+    return getattr(workload, "TRADE_OFF", None)
 
 
 def _package(name: str) -> str:

@@ -78,6 +78,7 @@ class Scenario:
     ceilings: Mapping[str, Any] | None = field(default_factory=lambda: CEILINGS)
     site: Site = SITE
     environment: Callable[[Point], Mapping[str, Any]] = lambda point: ENVIRONMENT
+    check: Callable[[Params], Mapping[str, float]] = lambda params: {"relative_error": 1e-6}
     file_read_bytes: float = 1e6
     storage_read_bytes: float = 0.0
     command: Sequence[str] = ("saih", "sweep", "synthetic", "--set", "note=two words")
@@ -143,7 +144,7 @@ def _measure(scenario: Scenario, point: Point, home: Path) -> None:
         "point": point.to_json(),
         "began": "2026-01-02T03:04:05+00:00",
         "ended": "2026-01-02T03:04:06+00:00",
-        "check": {"relative_error": 1e-6},
+        "check": dict(scenario.check(point.params)),
         "ranks": point.ranks,
         "hosts": ["n1"] * point.ranks,
         "per_rank": {key: [value] * point.ranks for key, value in per_rank.items()},

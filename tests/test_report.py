@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 import re
@@ -23,7 +24,7 @@ from saih.analysis import numbers
 from saih.core import Axis, Params, Rung
 from saih.errors import SaihError
 from saih.files import read_json, write_json
-from saih.report import asked, figures, page
+from saih.report import asked, figures, page, results, trade
 from saih.report.grid import is_sized, layout, spread
 from saih.site import Peak
 from tests.synthetic import CEILINGS, DATA, MODEL, SITE, Outcome, Scenario, ladder, make
@@ -375,6 +376,70 @@ def test_numbers_of_checks_are_shown_cell_by_cell(tmp_path: Path) -> None:
     assert "What the checks found" in text
     assert "relative error" in text
     assert "1e-06" in text
+
+
+VARIANT = Axis(
+    "variant",
+    "",
+    tuple(Rung(name, {"variant": name}, at) for at, name in enumerate(("none", "fewer-steps", "mixcache"))),
+)
+SPEEDUP = Axis("speedup", "x", tuple(Rung(f"{gain:g}", {"speedup": gain}, gain) for gain in (1.5, 2.0)))
+
+
+def traded(params: Params) -> dict[str, float]:
+    """Quality falls with speed-up, slower with MixCache; what is uncached has none."""
+    gain, better = float(params["speedup"]), params["variant"] == "mixcache"
+    if params["variant"] == "none":
+        return {"work_gain": 1.0, "iso_gain": 1.0}
+    return {"work_gain": gain, "psnr_db": 60 - 10 * gain + 5 * better, "iso_gain": 1 + 0.25 * better}
+
+
+TRADED = Scenario(
+    workload="mixcache",
+    axes=(VARIANT, SPEEDUP),
+    step_s=lambda params: 6.0 if params["variant"] == "none" else 6.0 / float(params["speedup"]) ** 2,
+    check=traded,
+)
+
+
+def test_quality_is_drawn_over_speed_with_its_numbers_beside(tmp_path: Path) -> None:
+    source = written(tmp_path, TRADED)
+    text = text_of(source)
+    assert re.findall(r'<title id="(trade-[^"]*)-title"', source) == ["trade-check-work-gain", "trade-speedup"]
+    best = text[text.index("Most gain over fewer-steps") :]
+    assert "speedup 1.5: variant=mixcache, 1.25 times" in best
+    assert "speedup 2: variant=mixcache, 1.25 times" in best
+    rows = text[text.index("gain over fewer-steps") : text.index("Every cell at a glance")]
+    assert "fewer-steps 1.5 1.50 2.25 2.25 to 2.25 45.0 1.00" in rows
+    assert "mixcache 2 2.00 4.00 4.00 to 4.00 45.0 1.25" in rows
+    assert "none 1.5" not in rows
+
+
+def test_the_reference_is_a_dotted_line_and_no_series_of_its_own(tmp_path: Path) -> None:
+    read = results.read(gathered(tmp_path, TRADED))
+    found = trade.section(read)
+    assert found is not None
+    counted, measured = found.group.panels
+    assert [line.label for line in counted.lines] == ["mixcache"]
+    assert counted.lines[0].x == [1.5, 2.0]
+    assert counted.lines[0].y == [50.0, 45.0]
+    assert measured.lines[0].x == pytest.approx([2.25, 4.0])
+    assert counted.ideals == [([1.5, 2.0], [45.0, 40.0])]
+    assert counted.ideals_are == "fewer-steps"
+    assert counted.y_bottom < 40 < 50 < (counted.y_top or 0)
+
+
+def test_a_trade_off_is_drawn_without_its_baseline_but_not_without_quality(tmp_path: Path) -> None:
+    alone = Axis("penalty", "", tuple(Rung(str(size), {"penalty": size}, size) for size in (1.0, 1.4)))
+    scenario = dataclasses.replace(TRADED, axes=(alone, SPEEDUP), params={"variant": "mixcache"})
+    found = trade.section(results.read(gathered(tmp_path / "some", scenario)))
+    assert found is not None
+    (panel,) = found.group.panels
+    assert [line.label for line in panel.lines] == ["penalty=1.0", "penalty=1.4"]
+    assert {row.measured for row in found.rows} == {numbers.ABSENT}
+    silent = dataclasses.replace(TRADED, check=lambda params: {"work_gain": 1.0})
+    assert trade.section(results.read(gathered(tmp_path / "none", silent))) is None
+    assert trade.section(results.read(gathered(tmp_path / "other", Scenario()))) is None
 
 
 def test_ceilings_have_a_page_of_rates(tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ class Panel:
     y_label: str
     y_top: float | None = None
     ideals: Ideals = ()
+    ideals_are: str = "ideal"
+    y_bottom: float = 0.0
 
 
 def draw(panel: Panel) -> str:
@@ -96,7 +98,14 @@ def draw(panel: Panel) -> str:
         for place, line in enumerate(panel.lines):
             _plot(axes, line, place, panel.x.joined)
         for x, y in panel.ideals:
-            axes.plot(x, y, color=MUTED, linestyle=":", linewidth=1.2, label="ideal" if y is panel.ideals[0][1] else "")
+            axes.plot(
+                x,
+                y,
+                color=MUTED,
+                linestyle=":",
+                linewidth=1.2,
+                label=panel.ideals_are if y is panel.ideals[0][1] else "",
+            )
         _scale(axes, panel)
         handles, labels = axes.get_legend_handles_labels()
         if handles:
@@ -114,7 +123,7 @@ def _scale(axes: Axes, panel: Panel) -> None:
         axes.set_xlim(min(places) - 0.5, max(places) + 0.5)
     axes.set_xticks(places, labels)
     axes.set_xticks([], minor=True)
-    axes.set_ylim(0, panel.y_top)
+    axes.set_ylim(panel.y_bottom, panel.y_top)
     axes.set_xlabel(panel.x.label)
     axes.set_ylabel(panel.y_label)
     axes.grid(color=RULE, linewidth=0.7)

@@ -13,7 +13,7 @@ from saih import __version__
 from saih.analysis import numbers
 from saih.analysis.scaling import scaling
 from saih.files import write_atomic
-from saih.report import asked, curves, tables
+from saih.report import asked, curves, tables, trade
 from saih.report.downloads import downloads
 from saih.report.figures import draw
 from saih.report.grid import layout
@@ -80,6 +80,7 @@ def _content(results: Results) -> dict[str, Any]:
         "check_rows": check_rows,
         "rates": _rates(results) if probing else None,
         "scaling": _scaling(results),
+        "trade": trade.section(results),
         "cells": tables.cell_rows(results),
         "intervals": sorted(results.measured["interval"].unique()),
         "troubles": troubles,

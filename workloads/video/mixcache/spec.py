@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saih.core import Axis, Claim, Cost, Parameter, Params, Rung
+from saih.core import Axis, Claim, Cost, Parameter, Params, Rung, TradeOff
 from saih.errors import SaihError
 from workloads.video import options, shapes
 
@@ -69,6 +69,8 @@ def _over(name: str, other: str, target: float, text: str, **more: str) -> Claim
         **more,  # type: ignore[arg-type]
     )
 
+
+TRADE_OFF = TradeOff("psnr_db", "PSNR (dB)", "work_gain", "iso_gain", along="speedup")
 
 _SPEEDUP_PAPER = "1.94x on Wan 14B, 1.97x on HunyuanVideo, at better quality than other caches"
 
