@@ -177,8 +177,30 @@ def test_the_toys_are_what_planning_takes_them_for() -> None:
 
 
 def test_wan_sizes_are_the_published_ones() -> None:
-    assert shapes.wan(30, 1536).parameters == pytest.approx(1.42e9, rel=0.01)
-    assert shapes.wan(40, 5120).parameters == pytest.approx(14.3e9, rel=0.01)
+    assert shapes.random("wan", 30, 1536).parameters == pytest.approx(1.42e9, rel=0.01)
+    assert shapes.random("wan", 40, 5120).parameters == pytest.approx(14.3e9, rel=0.01)
+    assert shapes.random("cogvideox", 30, 1920).parameters == pytest.approx(1.69e9, rel=0.01)
+    assert shapes.random("cogvideox", 42, 3072).parameters == pytest.approx(5.57e9, rel=0.01)
+    assert shapes.random("hunyuanvideo", 60, 3072).parameters == pytest.approx(12.8e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "width", "near"),
+    [("wan", 4, 48, 0.001), ("wan", 3, 192, 0.001), ("cogvideox", 5, 48, 0.01), ("hunyuanvideo", 6, 48, 0.1)],
+)
+def test_planning_knows_what_random_weights_are_made_of(family: str, layers: int, width: int, near: float) -> None:
+    """Parameters exactly; FLOP as torch counts them, but for the way of the text, long in a model this small."""
+    ready, planned = checkpoint.random(family, layers, width), shapes.random(family, layers, width)
+    model, grid = ready.adapter.module, (4, 16, 16)
+    assert sum(each.numel() for each in model.parameters()) == planned.parameters
+    assert shapes.of_config({**model.config, "_class_name": type(model).__name__}) == planned
+    assert ready.adapter.depth == layers
+    request = ready.request("any", grid, 2, 5.0, seed=1)
+    assert len(request.branches) == planned.branches
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(request.noise, timestep=torch.ones(1), **request.conditions["cond"])
+    assert counter.get_total_flops() == pytest.approx(planned.forward_flop(grid), rel=near)
 
 
 def test_cost_follows_the_speedup_and_says_what_a_cache_cannot_reach() -> None:
@@ -189,6 +211,10 @@ def test_cost_follows_the_speedup_and_says_what_a_cache_cannot_reach() -> None:
         spec.cost(params(variant="cfg"))
     with pytest.raises(SaihError, match="the toy has 8 layers of width 96"):
         spec.cost(params(width=192))
+    with pytest.raises(SaihError, match="width 40: a cogvideox with random weights takes multiples of 16"):
+        spec.cost(params(model="random", family="cogvideox", width=40))
+    with pytest.raises(SaihError, match=r"the cfg cache alone reaches 1\.00x here"):
+        spec.cost(params(model="random", family="hunyuanvideo", variant="cfg", speedup=1.5))
     with pytest.raises(SaihError, match="model nowhere: neither toy"):
         spec.cost(params(model="nowhere"))
     with pytest.raises(SaihError, match="not a whole number of patches"):
@@ -244,8 +270,18 @@ def test_the_check_fails_when_the_parts_are_not_the_model(tmp_path: Path, monkey
     assert "differ from the transformer's own forward" in ready.check().why
 
 
-def test_random_weights_have_no_quality(tmp_path: Path) -> None:
-    small = {"model": "random", "layers": 3, "width": 24, "frames": 1, "rows": 4, "columns": 4, "denoise_steps": 10}
+@pytest.mark.parametrize("family", shapes.FAMILIES)
+def test_random_weights_have_no_quality(family: str, tmp_path: Path) -> None:
+    small = {
+        "model": "random",
+        "family": family,
+        "layers": 3,
+        "width": 48,
+        "frames": 1,
+        "rows": 4,
+        "columns": 4,
+        "denoise_steps": 10,
+    }
     point = Point("mixcache", params(**small, variant="step", speedup=1.2))
     ready = bench.setup(point, Context(Place(0, 0, 1), "cpu", str(tmp_path)))
     check = ready.check()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from saih.errors import SaihError
 from workloads.video.adapters import ADAPTERS, Adapter, Condition, adapt
 from workloads.video.loop import COND, UNCOND, Loop, Request
-from workloads.video.shapes import wan_shape
+from workloads.video.shapes import POOLED_WIDTH, settings
 from workloads.video.words import FILE as WORDS
 from workloads.video.words import WordEmbeddings
 
@@ -100,7 +100,8 @@ class Checkpoint:
                 for branch, text in texts.items()
             }
         if self.pipeline is None:
-            return {branch: self._random_text(text) for branch, text in texts.items()}
+            drawn = {branch: self._random_condition(text, grid, guidance) for branch, text in texts.items()}
+            return {COND: drawn[COND]} if self.adapter.embedded_guidance else drawn
         if self.adapter.embedded_guidance:
             return {COND: self._hunyuan_condition(prompt, guidance)}
         encoded = self.pipeline.encode_prompt(prompt, "", True, device=self.device)
@@ -126,16 +127,42 @@ class Checkpoint:
             "guidance": scale,
         }
 
-    def _random_text(self, prompt: str) -> Condition:
+    def _random_condition(self, prompt: str, grid: Sequence[int], guidance: float) -> Condition:
         """Random weights need some text; the same for the same prompt."""
         generator = torch.Generator().manual_seed(int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16))
-        model = self.adapter.module
-        text = torch.randn(1, RANDOM_TEXT_TOKENS, model.config.text_dim, generator=generator)
-        return {"encoder_hidden_states": text.to(self.device, model.dtype)}
+        config, dtype = self.adapter.module.config, self.adapter.module.dtype
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(1, *shape, generator=generator).to(self.device, dtype)
+
+        if self.adapter.embedded_guidance:
+            return {
+                "encoder_hidden_states": drawn(HUNYUAN_TEXT_TOKENS, config.text_embed_dim),
+                "pooled_projections": drawn(POOLED_WIDTH),
+                "encoder_attention_mask": torch.ones(1, HUNYUAN_TEXT_TOKENS, device=self.device, dtype=dtype),
+                "guidance": torch.tensor([1000.0 * guidance], device=self.device, dtype=dtype),
+            }
+        if not self.adapter.frames_first:
+            return {"encoder_hidden_states": drawn(TEXT_TOKENS, config.text_dim)}
+        return {
+            "encoder_hidden_states": drawn(TEXT_TOKENS, config.text_embed_dim),
+            "image_rotary_emb": self._rotary(grid),
+        }
+
+    def _rotary(self, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Angles of a CogVideoX for a grid of its own, as its pipeline has them where nothing is cropped."""
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+        config = self.adapter.module.config
+        frames, (rows, columns) = grid[0], (size // config.patch_size for size in grid[1:])
+        cosine, sine = get_3d_rotary_pos_embed(
+            config.attention_head_dim, ((0, 0), (rows, columns)), (rows, columns), frames, device=self.device
+        )
+        return cosine, sine
 
 
-RANDOM_TEXT_TOKENS = 226
-"""Text tokens of a request for a model without a text encoder; what Wan's pipeline pads to."""
+TEXT_TOKENS, HUNYUAN_TEXT_TOKENS = 226, 256
+"""Of a request for a model without a text encoder: what the pipelines pad to, Wan's and CogVideoX's, HunyuanVideo's."""
 
 
 def transformer(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Adapter:
@@ -189,16 +216,27 @@ def identity(folder: Path) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
-def random_wan(
-    layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+def random(
+    family: str, layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Checkpoint:
-    """A Wan transformer of any size with random weights and Wan's own latents and text, for speed alone."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+    """A transformer of any family and size with random weights and its own latents and text, for speed alone.
 
+    `family` is one of `shapes.FAMILIES`.
+    """
+    import diffusers
+
+    made, scheduler = {
+        "wan": (diffusers.WanTransformer3DModel, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)),
+        "cogvideox": (diffusers.CogVideoXTransformer3DModel, diffusers.CogVideoXDDIMScheduler()),
+        "hunyuanvideo": (
+            diffusers.HunyuanVideoTransformer3DModel,
+            diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        ),
+    }[family]
     torch.manual_seed(seed)
     with torch.device(device):
-        model = WanTransformer3DModel(**wan_shape(layers, width)).to(dtype)
-    return Checkpoint(_ready(model, device), FlowMatchEulerDiscreteScheduler(shift=3.0), device, trained=False)
+        model = made(**settings(family, layers, width)).to(dtype)
+    return Checkpoint(_ready(model, device), scheduler, device, trained=False)
 
 
 def _ready(model: nn.Module, device: str) -> Adapter:

@@ -143,7 +143,9 @@ def load(model: str, layers: int, width: int, params: Params, device: str) -> tu
     """A model by name, and what its weights are known by. layers and width are of random weights."""
     dtype = DTYPES[str(params["precision"])]
     if model == "random":
-        return checkpoints.random_wan(layers, width, device, dtype), f"random {layers} x {width} {dtype}"
+        family = str(params.get("family", "wan"))
+        made = checkpoints.random(family, layers, width, device, dtype)
+        return made, f"random {family} {layers} x {width} {dtype}"
     folder = options.folder(model)
     return checkpoints.load(folder, device, dtype), f"{checkpoints.identity(folder)} {dtype}"
 

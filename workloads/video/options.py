@@ -49,8 +49,8 @@ def folder(model: str) -> Path:
     return {"toy": weights / "large", "toy-small": weights / "small"}.get(model, Path(model))
 
 
-def shape(model: str, layers: int, width: int) -> shapes.DiT:
-    """A transformer by name; layers and width are of random weights.
+def shape(model: str, layers: int, width: int, family: str = "wan") -> shapes.DiT:
+    """A transformer by name; layers, width and family are of random weights.
 
     Raises:
         SaihError: the name is no folder with a checkpoint.
@@ -58,7 +58,7 @@ def shape(model: str, layers: int, width: int) -> shapes.DiT:
     if model in shapes.TOYS:
         return shapes.TOYS[model]
     if model == "random":
-        return shapes.wan(layers, width)
+        return shapes.random(family, layers, width)
     described = Path(model) / "transformer" / "config.json"
     if not described.is_file():
         raise SaihError(f"model {model}: neither toy, toy-small nor random, nor a folder with transformer/config.json")

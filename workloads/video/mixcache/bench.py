@@ -66,5 +66,5 @@ class Caching(Denoising):
 
 KNOB_DEPENDS_ON = {
     *("variant", "speedup", "forecast", "trigger", "penalty", "granularity", "denoise_steps", "guidance", "precision"),
-    *("frames", "rows", "columns", "layers", "width", "prompts"),
+    *("frames", "rows", "columns", "family", "layers", "width", "prompts"),
 }

@@ -18,6 +18,7 @@ VARIANTS = ("none", "fewer-steps", *OURS, *PEERS)
 
 PARAMETERS = (
     Parameter("model", "toy", "", "toy, random, or a local checkpoint folder in the layout of diffusers"),
+    Parameter("family", "wan", "", "whose blocks a model with random weights has", choices=shapes.FAMILIES),
     Parameter("layers", 8, "blocks", "depth of a model with random weights", minimum=3),
     Parameter("width", 96, "numbers", "width of a model with random weights", minimum=12),
     *options.VIDEO,
@@ -32,11 +33,14 @@ PARAMETERS = (
 )
 
 _SIZES = {
-    "toy": ("toy", 8, 96),
-    "8x192": ("random", 8, 192),
-    "12x384": ("random", 12, 384),
-    "wan-1.3b": ("random", 30, 1536),
-    "wan-14b": ("random", 40, 5120),
+    "toy": ("toy", "wan", 8, 96),
+    "8x192": ("random", "wan", 8, 192),
+    "12x384": ("random", "wan", 12, 384),
+    "wan-1.3b": ("random", "wan", 30, 1536),
+    "cogvideox-2b": ("random", "cogvideox", 30, 1920),
+    "cogvideox-5b": ("random", "cogvideox", 42, 3072),
+    "hunyuanvideo": ("random", "hunyuanvideo", 60, 3072),
+    "wan-14b": ("random", "wan", 40, 5120),
 }
 AXES = (
     options.DATA,
@@ -44,8 +48,8 @@ AXES = (
         "model",
         "layers x width^2",
         tuple(
-            Rung(name, {"model": model, "layers": layers, "width": width}, layers * width**2)
-            for name, (model, layers, width) in _SIZES.items()
+            Rung(name, {"model": model, "family": family, "layers": layers, "width": width}, layers * width**2)
+            for name, (model, family, layers, width) in _SIZES.items()
         ),
     ),
     Axis(
@@ -54,8 +58,7 @@ AXES = (
         tuple(Rung(f"{gain:g}", {"speedup": gain}, gain) for gain in (1.25, 1.5, 2.0, 2.5, 3.0)),
     ),
 )
-"""wan-* are Wan's shapes with random
-weights, for speed alone: quality means something on the toy and on checkpoints."""
+"""All but the toy are the published shapes, or small ones of Wan, with random weights: for speed alone."""
 
 
 def _over(name: str, other: str, target: float, text: str, **more: str) -> Claim:
@@ -160,7 +163,7 @@ CLAIMS = (
 def shape(params: Params) -> shapes.DiT:
     """The transformer of these parameters. Raises SaihError for a folder that is no checkpoint."""
     model, layers, width = str(params["model"]), int(params["layers"]), int(params["width"])
-    dit = options.shape(model, layers, width)
+    dit = options.shape(model, layers, width, str(params["family"]))
     if model == "toy" and (layers, width) != (dit.layers, dit.width):
         raise SaihError(f"the toy has {dit.layers} layers of width {dit.width}; model=random takes others")
     return dit
@@ -169,18 +172,19 @@ def shape(params: Params) -> shapes.DiT:
 def cost(params: Params) -> Cost:
     """One video on one rank."""
     dit, steps = shape(params), int(params["denoise_steps"])
-    _check_reach(params, dit.layers)
+    _check_reach(params, dit)
     gain = 1.0 if params["variant"] == "none" else float(params["speedup"])
+    plain = float(dit.branches * steps)
     videos = int(params["videos"]) if params["model"] != "random" else 1
-    return options.cost(params, [(dit, 2 * steps / gain)], work=2.0 * steps, check_steps=videos + 2)
+    return options.cost(params, [(dit, plain / gain)], work=plain, check_steps=videos + 2)
 
 
-def _check_reach(params: Params, layers: int) -> None:
+def _check_reach(params: Params, dit: shapes.DiT) -> None:
     """A single cache cannot save more than what it leaves out of every step it may be used in."""
-    saved = {"cfg": 0.5, "block": 1 - 2 / layers}.get(str(params["variant"]))
+    saved = {"cfg": 0.5 if dit.branches > 1 else 0.0, "block": 1 - 2 / dit.layers}.get(str(params["variant"]))
     wanted = 1 - 1 / float(params["speedup"])
     most = None if saved is None else saved * (1 - WARMUP - TAIL) * (MOST - 1) / MOST
-    if most is not None and wanted > most and not params["threshold"]:
+    if most is not None and wanted > most and not (params["threshold"] and most):
         reach = 1 / (1 - most)
         raise SaihError(f"the {params['variant']} cache alone reaches {reach:.2f}x here, not {params['speedup']}x")
 

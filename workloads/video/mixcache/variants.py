@@ -51,9 +51,8 @@ def knob(params: Params, adapter: Adapter, calibrating: Callable[[Policy], objec
     if variant in KINDS:
         warmup, tail = max(2, round(WARMUP * steps)), max(1, round(TAIL * steps))
         most = (steps - warmup - tail) * (MOST - 1) // MOST
-        return Knob(
-            lambda cached: Fixed(spread(KINDS[variant], round(cached), steps, warmup, tail), forecast), 0, most, True
-        )
+        kinds = [kind for kind in KINDS[variant] if kind != CFG or not adapter.embedded_guidance]
+        return Knob(lambda cached: Fixed(spread(kinds, round(cached), steps, warmup, tail), forecast), 0, most, True)
     if variant == "mixcache":
         trigger = Trigger if params["trigger"] else Always
         penalty = float(params["penalty"])
