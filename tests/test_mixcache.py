@@ -19,10 +19,10 @@ from saih.errors import SaihError
 from saih.timing import Unclocked
 from tests.tiny_video import Tiny, hunyuan, wan
 from workloads.video import checkpoint, denoising, peers, shapes
-from workloads.video.caches import BLOCK, CFG, FULL, STEP
+from workloads.video.caches import BLOCK, CFG, FULL, STEP, Fixed
 from workloads.video.loop import Policy, Request, Step
 from workloads.video.mixcache import bench, spec, variants
-from workloads.video.mixcache.policy import Always, MixCache, Trigger
+from workloads.video.mixcache.policy import Always, MixCache, Repair, Trigger
 from workloads.video.toy import train
 
 DEFAULTS = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
@@ -149,6 +149,75 @@ def test_errors_are_those_that_reuse_makes() -> None:
     assert policy.errors[STEP] == pytest.approx(float((now - before).abs().mean() / now.abs().mean()), rel=1e-5)
     assert policy.errors[CFG] > 0
     assert policy.errors[BLOCK] > 0
+
+
+TIMES, MOVES = (1000.0, 900.0, 700.0, 650.0), (-0.1, -0.2, -0.05, -0.15)
+
+
+def stepped(index: int, move: float | None) -> Step:
+    tiny = wan()
+    return Step(index, torch.tensor(TIMES[index]), tiny.request.noise, tiny.request, tiny.loop.models, move=move)
+
+
+def test_a_full_step_makes_good_what_the_step_cache_got_wrong() -> None:
+    """Predictions on a line in time: whatever was used in between, the latents end where uncached steps lead."""
+    slope, start = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    truth = [start + slope * time / 1000 for time in TIMES]
+    used, repair = [torch.zeros(3), torch.ones(3)], Repair()
+    went = MOVES[0] * repair.full(stepped(0, MOVES[0]), truth[0])
+    for index, velocity in zip((1, 2), used, strict=True):
+        repair.cached(stepped(index, MOVES[index]), velocity)
+        went = went + MOVES[index] * velocity
+    assert repair.cache_bytes() == 12
+    went = went + MOVES[3] * repair.full(stepped(3, MOVES[3]), truth[3])
+    torch.testing.assert_close(went, sum(move * velocity for move, velocity in zip(MOVES, truth, strict=True)))
+    assert repair.cache_bytes() == 0
+    assert torch.equal(repair.full(stepped(3, MOVES[3]), truth[0]), truth[0]), "nothing was cached in between"
+
+
+def test_nothing_is_repaired_where_the_scheduler_does_more_than_euler() -> None:
+    repair, velocity = Repair(), torch.ones(3)
+    repair.full(stepped(0, None), velocity)
+    repair.cached(stepped(1, None), 5 * velocity)
+    assert torch.equal(repair.full(stepped(2, None), velocity), velocity)
+
+
+def test_repair_leaves_an_uncached_run_alone() -> None:
+    """And changes one that has steps from the step cache."""
+    tiny = wan()
+    request = dataclasses.replace(tiny.request, steps=8)
+    plain = tiny.loop.generate(request).latents
+    runs = [
+        tiny.loop.generate(request, MixCache(threshold, Always(), (STEP,), most=2, repair=repair)).latents
+        for threshold in (1e-9, 1e9)
+        for repair in (True, False)
+    ]
+    assert torch.equal(runs[0], plain)
+    assert torch.equal(runs[1], plain)
+    assert not torch.equal(runs[2], runs[3])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        MixCache(0.1, Always()),
+        Fixed((FULL, FULL, *[STEP] * 6), forecast=True),
+        peers.TeaCache(0.5),
+        peers.EasyCache(0.5, warmup=1),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_what_one_request_left_is_not_used_by_the_next(policy: Policy) -> None:
+    """Of another size, guidance and step count: the second request gives the bits that a first one would."""
+    tiny = wan()
+    wide = dataclasses.replace(tiny.request, noise=torch.randn(1, 4, 2, 4, 4), steps=8, guidance=2.0)
+    small = dataclasses.replace(tiny.request, steps=6)
+    first = tiny.loop.generate(small, policy)
+    assert first.counts[FULL] < 6
+    tiny.loop.generate(wide, policy)
+    again = tiny.loop.generate(small, policy)
+    assert torch.equal(again.latents, first.latents)
+    assert again.forwards == first.forwards
 
 
 def test_no_step_is_cached_before_the_errors_of_one_that_might_be_are_known() -> None:
@@ -305,10 +374,10 @@ class Linear(Policy):
 def test_the_search_finds_the_knob_for_a_speedup() -> None:
     tiny = wan()
     request = dataclasses.replace(tiny.request, steps=10)
-    found = variants.search(variants.Knob(Linear, 0, 9, whole=True), tiny.loop, request, speedup=2.0)
+    found = variants.search(variants.Knob(Linear, 0, 9, whole=True), tiny.loop, [request], speedup=2.0)
     work = tiny.loop.generate(request, Linear(found)).forwards[0]
     assert work == 10
-    assert variants.search(variants.Knob(Linear, 1e-3, 8.9), tiny.loop, request, speedup=2.0) == pytest.approx(
+    assert variants.search(variants.Knob(Linear, 1e-3, 8.9), tiny.loop, [request] * 2, speedup=2.0) == pytest.approx(
         5.5, abs=0.6
     )
 
@@ -316,9 +385,9 @@ def test_the_search_finds_the_knob_for_a_speedup() -> None:
 def test_a_knob_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, kept = wan(), tmp_path / "knob.json"
     asked = params(variant="teacache", denoise_steps=tiny.request.steps, speedup=1.3)
-    first = variants.policy(asked, tiny.loop, tiny.request, kept)
+    first = variants.policy(asked, tiny.loop, [tiny.request], kept)
     monkeypatch.setattr(variants, "search", lambda *given: pytest.fail("searched again"))
-    second = variants.policy(asked, tiny.loop, tiny.request, kept)
+    second = variants.policy(asked, tiny.loop, [tiny.request], kept)
     assert isinstance(first, peers.TeaCache)
     assert isinstance(second, peers.TeaCache)
     assert first.threshold == second.threshold == json.loads(kept.read_text())["value"]

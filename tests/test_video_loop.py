@@ -131,3 +131,25 @@ def test_one_branch_can_be_asked_for(tiny: Tiny) -> None:
 def test_a_transformer_without_an_adapter_is_refused() -> None:
     with pytest.raises(SaihError, match="no adapter for Linear; there are adapters for WanTransformer3DModel"):
         adapt(nn.Linear(1, 1))
+
+
+def test_a_step_says_how_far_its_prediction_moves_the_latents(tiny: Tiny) -> None:
+    """Under Euler's schedulers that is all a step does; of others nothing is said."""
+    seen: list[tuple[float | None, Tensor, Tensor]] = []
+
+    class Watched(Policy):
+        def velocity(self, step: Step) -> Tensor:
+            self.prediction = super().velocity(step)
+            return self.prediction
+
+        def after(self, step: Step, latents: Tensor) -> Tensor:
+            seen.append((step.move, self.prediction, latents - step.latents))
+            return latents
+
+    tiny.loop.generate(tiny.request, Watched())
+    for move, prediction, went in seen:
+        if tiny.adapter.joint:
+            assert move is None
+        else:
+            assert move is not None
+            torch.testing.assert_close(went, move * prediction)

@@ -166,9 +166,9 @@ def videos(checkpoint: Checkpoint, params: Params, seed: int) -> Videos:
     return Videos(prompts(checkpoint, params, seed), options.grid(params), steps, guidance, seed, batch)
 
 
-def calibration(checkpoint: Checkpoint, params: Mapping[str, float | str]) -> Videos:
-    """One video that knobs are set on."""
-    return videos(checkpoint, {**params, "videos": 1}, CALIBRATION_SEED)
+def calibration(checkpoint: Checkpoint, params: Mapping[str, float | str], count: int = 1) -> Videos:
+    """Videos that knobs are set on."""
+    return videos(checkpoint, {**params, "videos": count}, CALIBRATION_SEED)
 
 
 def prompts(checkpoint: Checkpoint, params: Params, seed: int) -> tuple[str, ...]:

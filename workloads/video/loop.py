@@ -57,6 +57,7 @@ class Step:
         models: adapters that share latents, conditions and schedule; a policy may call any of them.
         action: what was done, in one word, for the records; policies set it.
         signal: what the decision was based on, for the records; NaN where there is none.
+        move: how far a unit of the prediction moves the latents, where a step does nothing else (Euler's); else None.
     """
 
     index: int
@@ -66,6 +67,7 @@ class Step:
     models: Sequence[Adapter]
     action: str = "full"
     signal: float = float("nan")
+    move: float | None = None
 
     @property
     def steps(self) -> int:
@@ -171,9 +173,10 @@ class Loop:
             self.scheduler.set_begin_index(start)
         before = [model.forwards for model in self.models]
         policy.start(request)
+        moves = _moves(self.scheduler, len(timesteps))
         latents, taken, cache_bytes = request.noise, [], 0
         for index in range(start, len(timesteps)):
-            step = Step(index, timesteps[index], latents, request, self.models)
+            step = Step(index, timesteps[index], latents, request, self.models, move=moves[index])
             prediction = policy.velocity(step)
             latents = self.scheduler.step(prediction, step.timestep, latents, return_dict=False)[0]
             latents = policy.after(step, latents)
@@ -182,3 +185,11 @@ class Loop:
         actions, signals = zip(*taken, strict=True) if taken else ((), ())
         forwards = tuple(model.forwards - earlier for model, earlier in zip(self.models, before, strict=True))
         return Result(latents, actions, signals, forwards, cache_bytes)
+
+
+def _moves(scheduler: Any, steps: int) -> Sequence[float | None]:
+    """`Step.move` of each step: differences of sigma under the flow-matching Euler scheduler of diffusers."""
+    if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler" or scheduler.config.stochastic_sampling:
+        return [None] * steps
+    moves: list[float | None] = scheduler.sigmas.diff().tolist()
+    return moves

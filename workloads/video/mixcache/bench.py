@@ -36,7 +36,7 @@ class Caching(Denoising):
             sorted((key, value) for key, value in params.items() if key in KNOB_DEPENDS_ON),
         ]
         kept = self.folder / f"mixcache-knob-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.json"
-        calibrating = calibration(self.checkpoint, params).requests(self.checkpoint)[0]
+        calibrating = calibration(self.checkpoint, params, CALIBRATED_ON).requests(self.checkpoint)
         self.policy = variants.policy(params, self.loop, calibrating, kept)
         self.worth: float | None = None
 
@@ -64,7 +64,20 @@ class Caching(Denoising):
         return numbers
 
 
+CALIBRATED_ON = 3
+"""Prompts that knobs are searched on: one would hit the speed-up asked for on that one only."""
 KNOB_DEPENDS_ON = {
-    *("variant", "speedup", "forecast", "trigger", "penalty", "granularity", "denoise_steps", "guidance", "precision"),
+    *(
+        "variant",
+        "speedup",
+        "forecast",
+        "repair",
+        "trigger",
+        "penalty",
+        "granularity",
+        "denoise_steps",
+        "guidance",
+        "precision",
+    ),
     *("frames", "rows", "columns", "family", "layers", "width", "prompts"),
 }

@@ -2,8 +2,8 @@
 
 MixCache (arXiv:2508.12691, 2025) is published without code. The parts are the paper's: caches of step, cfg
 and block granularity, a context-aware trigger, an adaptive choice among them under their interference. The formulas
-below are this project's own reading, and every constant is a parameter. The forecast in place of plain reuse is not in
-the published description; `forecast=False` goes without.
+below are this project's own reading, and every constant is a parameter. The forecast in place of plain reuse and the
+repair of cached steps are not in the published description; `forecast=False` and `repair=False` go without.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workloads.video.caches import BLOCK, CFG, FULL, STEP, FullStepCache, relative_change
+from workloads.video.caches import BLOCK, CFG, FULL, STEP, FullStepCache, relative_change, tensor_bytes
 from workloads.video.loop import COND, UNCOND, Policy, Request, Step
 
 
@@ -55,6 +55,52 @@ class Always(Trigger):
         return index > 1
 
 
+class Repair:
+    """Makes good, in a full step, what the step cache got wrong since the last one. It costs no forward.
+
+    Between two full steps the line from one prediction to the other is a better guess than any forecast from before.
+    How much further that would have brought the latents is added to the full step's own move: a corrector, as in
+    predictor-corrector methods for differential equations. Schedulers that do more than Euler's are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """A new request begins."""
+        self.before: tuple[float, Tensor] | None = None
+        self.went: Tensor | None = None
+        self._settle()
+
+    def cached(self, step: Step, velocity: Tensor) -> None:
+        """A step was taken with a prediction from the step cache."""
+        if self.before is not None and step.move is not None:
+            self.moved += step.move
+            self.weighted += step.move * (float(step.timestep) - self.before[0])
+            went = step.move * velocity
+            self.went = went if self.went is None else self.went + went
+
+    def full(self, step: Step, velocity: Tensor) -> Tensor:
+        """The prediction to take this full step with, in place of the model's own."""
+        now, taken = float(step.timestep), velocity
+        if self.before is not None and self.went is not None and step.move:
+            then, earlier = self.before
+            better = self.moved * earlier + self.weighted / (now - then) * (velocity - earlier)
+            taken = velocity + (better - self.went) / step.move
+        self.before = (now, velocity)
+        self._settle()
+        return taken
+
+    def cache_bytes(self) -> int:
+        """Bytes held beside the caches, which have the prediction of the last full step already."""
+        return tensor_bytes([] if self.went is None else [self.went])
+
+    def _settle(self) -> None:
+        """Nothing is owed: no move, none of them weighted by time, nowhere gone."""
+        self.moved = self.weighted = 0.0
+        self.went = None
+
+
 class MixCache(Policy):
     """The hybrid of step, cfg and block caches.
 
@@ -71,6 +117,7 @@ class MixCache(Policy):
         forecast: see `FullStepCache`.
         penalty: factor on the error for each step that was cached since the last full one; 1 for none.
         most: cached steps in a row.
+        repair: whether a full step makes good what the step cache got wrong before it.
     """
 
     def __init__(
@@ -81,8 +128,10 @@ class MixCache(Policy):
         forecast: bool = True,
         penalty: float = 1.4,
         most: int = 8,
+        repair: bool = True,
     ) -> None:
         self.threshold, self.trigger, self.penalty, self.most = threshold, trigger or Trigger(), penalty, most
+        self.repair = Repair() if repair else None
         self.kinds = tuple(kinds)
         self.cache = FullStepCache(kinds, forecast)
         self.growth = 2 if forecast else 1
@@ -91,6 +140,8 @@ class MixCache(Policy):
     def start(self, request: Request) -> None:
         self.cache.clear()
         self.trigger.reset()
+        if self.repair:
+            self.repair.reset()
         self.errors: dict[str, float] = {}
         self.sensitivity = 0.0
         self.latents: Tensor | None = None
@@ -99,10 +150,15 @@ class MixCache(Policy):
     def velocity(self, step: Step) -> Tensor:
         kind = self._decide(step)
         self.latents = step.latents
-        return self._full(step) if kind == FULL else self.cache.reuse(step, kind)
+        velocity = self._full(step) if kind == FULL else self.cache.reuse(step, kind)
+        if self.repair and kind == FULL:
+            return self.repair.full(step, velocity)
+        if self.repair and kind == STEP:  # the others have seen something fresh
+            self.repair.cached(step, velocity)
+        return velocity
 
     def cache_bytes(self) -> int:
-        return self.cache.cache_bytes()
+        return self.cache.cache_bytes() + (self.repair.cache_bytes() if self.repair else 0)
 
     def work(self, kind: str, depth: int) -> float:
         """Of a step, as a share of a full one."""

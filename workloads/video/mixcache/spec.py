@@ -26,6 +26,7 @@ PARAMETERS = (
     Parameter("speedup", 2.0, "x", "counted work of `none` over the variant's: sets its knob", minimum=1),
     Parameter("threshold", 0.0, "", "the variant's own knob; 0: the one that gives `speedup`", minimum=0),
     Parameter("forecast", True, "", "our caches follow the line through two full steps; false: plain reuse"),
+    Parameter("repair", True, "", "mixcache: full steps make good what the step cache got wrong since the last one"),
     Parameter("trigger", True, "", "mixcache's trigger; false: caching from the start to the end"),
     Parameter("penalty", 1.4, "", "mixcache: error is this much dearer with each cached step in a row", minimum=1),
     Parameter("granularity", "all", "", "mixcache: what it may choose from", choices=("all", "step", "cfg", "block")),

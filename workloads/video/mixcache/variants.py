@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ KINDS = {"step": (STEP,), "cfg": (CFG,), "block": (BLOCK,), "static-mix": (STEP,
 """Variants that cache in a fixed rhythm -> what their cached steps reuse, in turn after each full step."""
 
 TRIALS = 10
-"""Of a bisection: the knob comes to within a factor of 1.01 of its range's logarithm."""
+"""Of a search."""
 CLOSE = 0.01
 """Relative distance from the speed-up asked for at which the search ends."""
 
@@ -51,13 +51,14 @@ def knob(params: Params, adapter: Adapter, calibrating: Callable[[Policy], objec
     if variant in KINDS:
         warmup, tail = max(2, round(WARMUP * steps)), max(1, round(TAIL * steps))
         most = (steps - warmup - tail) * (MOST - 1) // MOST
-        kinds = [kind for kind in KINDS[variant] if kind != CFG or not adapter.embedded_guidance]
-        return Knob(lambda cached: Fixed(spread(kinds, round(cached), steps, warmup, tail), forecast), 0, most, True)
+        rhythm = [kind for kind in KINDS[variant] if kind != CFG or not adapter.embedded_guidance]
+        return Knob(lambda cached: Fixed(spread(rhythm, round(cached), steps, warmup, tail), forecast), 0, most, True)
     if variant == "mixcache":
         trigger = Trigger if params["trigger"] else Always
         penalty = float(params["penalty"])
         kinds = (STEP, CFG, BLOCK) if params["granularity"] == "all" else (str(params["granularity"]),)
-        return Knob(lambda value: MixCache(value, trigger(), kinds, forecast, penalty), 1e-5, 10.0)
+        repair = bool(params["repair"])
+        return Knob(lambda value: MixCache(value, trigger(), kinds, forecast, penalty, repair=repair), 1e-4, 1.0)
     if variant == "magcache":
         watch = peers.MagnitudeRatios()
         calibrating(watch)
@@ -71,20 +72,20 @@ def knob(params: Params, adapter: Adapter, calibrating: Callable[[Policy], objec
     }[variant]
 
 
-def policy(params: Params, loop: Loop, request: Request, kept: Path) -> Policy:
-    """The policy of these parameters. Its knob is searched on `request` and kept in the file `kept`.
+def policy(params: Params, loop: Loop, requests: Sequence[Request], kept: Path) -> Policy:
+    """The policy of these parameters. Its knob is searched on `requests` and kept in the file `kept`.
 
     Raises:
         SaihError: a fixed rhythm of that many cached steps does not fit.
     """
     if params["variant"] in ("none", "fewer-steps"):
         return Policy()
-    one = knob(params, loop.models[0], lambda watch: loop.generate(request, watch))
+    one = knob(params, loop.models[0], lambda watch: loop.generate(requests[0], watch))
     value = float(params["threshold"])
     if not value and kept.exists():
         value = float(json.loads(kept.read_text())["value"])
     elif not value:
-        value = search(one, loop, request, float(params["speedup"]))
+        value = search(one, loop, requests, float(params["speedup"]))
         write_atomic(kept, lambda file: file.write(json.dumps({"value": value}).encode()))
     try:
         return one.make(value)
@@ -92,23 +93,42 @@ def policy(params: Params, loop: Loop, request: Request, kept: Path) -> Policy:
         raise SaihError(f"variant {params['variant']}: {mistake}") from None
 
 
-def search(one: Knob, loop: Loop, request: Request, speedup: float) -> float:
-    """The value whose counted work on `request` is closest to a share 1 / `speedup` of all of it, by bisection."""
-    full = request.steps * len(request.branches)
+def search(one: Knob, loop: Loop, requests: Sequence[Request], speedup: float) -> float:
+    """The value whose counted work on `requests` is closest to a share 1 / `speedup` of all of it.
+
+    Between two values that are known to do more and less, where the line through them says; else halfway. A knob in
+    whole numbers sets a rhythm, which is the same for every request: one is enough.
+    """
+    requests = requests[:1] if one.whole else requests
     low, high = (one.low, one.high) if one.whole else (math.log(one.low), math.log(one.high))
+    more = less = 0.0
     best, closest = one.low, math.inf
-    for _ in range(TRIALS):
-        middle = (low + high) / 2
+    for trial in range(TRIALS):
+        share = (
+            (more - 1) / (more - less) if more and less and trial % 3 else 0.5
+        )  # now and then halfway, lest it crawl
+        middle = low + min(max(share, 0.05), 0.95) * (high - low)
         value = round(middle) if one.whole else math.exp(middle)
-        trial = one.make(value)
-        work = loop.generate(request, trial).forwards[0] / full
-        close(trial)
-        if abs(work * speedup - 1) < closest:
-            best, closest = value, abs(work * speedup - 1)
+        off = _work(one, value, loop, requests) * speedup
+        if abs(off - 1) < closest:
+            best, closest = value, abs(off - 1)
         if closest < CLOSE or (one.whole and high - low < 1):
             break
-        low, high = (middle, high) if work * speedup > 1 else (low, middle)
+        if off > 1:
+            low, more = middle, off
+        else:
+            high, less = middle, off
     return best
+
+
+def _work(one: Knob, value: float, loop: Loop, requests: Sequence[Request]) -> float:
+    """Counted work with that knob, as a share of all of it; mean over requests."""
+    tried = one.make(value)
+    done = sum(
+        loop.generate(request, tried).forwards[0] / (request.steps * len(request.branches)) for request in requests
+    )
+    close(tried)
+    return done / len(requests)
 
 
 def close(policy: Policy) -> None:
