@@ -294,8 +294,10 @@ def test_cost_follows_the_speedup_and_says_what_a_cache_cannot_reach() -> None:
 def test_every_variant_saves_work_is_deterministic_and_is_told_its_worth(
     variant: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    if variant == "cache-dit":
+        pytest.importorskip("cache_dit", reason="the peer is compared with where it is installed: saih[caches]")
     folder = tmp_path_factory.getbasetemp() / "mixcache-data"
-    point = Point("mixcache", params(**SMALL, variant=variant, speedup=1.2))
+    point = Point("mixcache", params(**SMALL, variant=variant, speedup=1.3))
     ready = bench.setup(point, Context(Place(0, 0, 1), "cpu", str(folder)))
     try:
         check = ready.check()

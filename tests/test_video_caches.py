@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tiny_video import FAMILIES, Tiny, wan
+from saih.errors import SaihError
+from tests.tiny_video import FAMILIES, Tiny, hunyuan, wan
 from workloads.video import peers
 from workloads.video.caches import BLOCK, CFG, FULL, STEP, Fixed, FullStepCache, Track, relative_change, spread
 from workloads.video.loop import Policy, Request, Step
@@ -174,11 +177,14 @@ PEERS: dict[str, Callable[[Tiny], Policy]] = {
     "pab": lambda tiny: peers.pyramid_attention_broadcast(tiny.adapter, 2),
     "taylorseer": lambda tiny: peers.taylorseer(tiny.adapter, 2),
     "magcache": lambda tiny: peers.magcache(tiny.adapter, 0.5, [1.0] * STEPS),
+    "cache-dit": lambda tiny: peers.CacheDit(tiny.adapter, 0.5),
 }
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_triggers_saves_work_and_leaves_the_model_as_it_was(name: str) -> None:
+    if name == "cache-dit":
+        pytest.importorskip("cache_dit", reason="the peer is compared with where it is installed: saih[caches]")
     tiny = longer(wan())
     plain = tiny.loop.generate(tiny.request)
     policy = PEERS[name](tiny)
@@ -188,7 +194,7 @@ def test_a_peer_triggers_saves_work_and_leaves_the_model_as_it_was(name: str) ->
     assert first.counts[peers.REUSE] > 0
     assert first.forwards[0] < plain.forwards[0]
     assert not torch.equal(first.latents, plain.latents)
-    if isinstance(policy, peers.DiffusersCache):
+    if isinstance(policy, peers.HookedCache):
         policy.close()
     assert torch.equal(tiny.loop.generate(tiny.request).latents, plain.latents)
 
@@ -201,6 +207,15 @@ def test_one_cache_of_diffusers_after_another_on_the_same_model() -> None:
         assert isinstance(policy, peers.DiffusersCache)
         assert tiny.loop.generate(tiny.request, policy).counts[peers.REUSE] > 0
         policy.close()
+
+
+def test_a_peer_that_is_not_there_or_not_for_the_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cache_dit", None)
+    with pytest.raises(SaihError, match=r"needs the cache-dit package .*: pip install 'saih\[caches\]'"):
+        peers.CacheDit(wan().adapter, 0.5)
+    monkeypatch.setitem(sys.modules, "cache_dit", types.ModuleType("cache_dit"))
+    with pytest.raises(SaihError, match="cache-dit is for Wan here, not for HunyuanVideo"):
+        peers.CacheDit(hunyuan().adapter, 0.5)
 
 
 @pytest.mark.parametrize("name", ["teacache", "easycache"])

@@ -1,4 +1,4 @@
-"""What users would pick instead: the caches of diffusers, run in our loop, and the rules of TeaCache and EasyCache.
+"""What users would pick instead: caches of diffusers and cache-dit in our loop, the rules of TeaCache and EasyCache.
 
 All of them say at each step how much they reused, so one that never triggered is seen to.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saih.errors import SaihError
 from workloads.video.adapters import Adapter
 from workloads.video.caches import FULL, FullStepCache, relative_change, tensor_bytes
 from workloads.video.loop import COND, Policy, Request, Step
@@ -99,43 +100,36 @@ class EasyCache(Policy):
         return tensor_bytes([self.full_latents, self.last_latents, *self.predicted.values()])
 
 
-class DiffusersCache(Policy):
-    """A cache of diffusers, enabled on the model and run in our loop.
+class HookedCache(Policy):
+    """A cache that hooks itself into the model, run in our loop.
 
-    Its hooks skip modules inside the blocks, where the loop cannot see it: work is what the linear layers in the blocks
+    It skips modules inside the blocks, where the loop cannot see it: work is what the linear layers in the blocks
     really multiplied, in units of the first step, which all of these caches compute in full.
-
-    Args:
-        adapter: of the model to enable it on.
-        config: what `enable_cache` takes, made from a function that tells the current timestep.
     """
 
-    def __init__(self, adapter: Adapter, config: Callable[[Callable[[], int]], Any]) -> None:
-        from diffusers.hooks import HookRegistry
-
+    def __init__(self, adapter: Adapter) -> None:
         self.adapter, self._products, self._of_a_full_step = adapter, 0, 0
-        self._timestep = 0
-        adapter.module.enable_cache(config(lambda: self._timestep))
-        HookRegistry.check_if_exists_or_initialize(adapter.module)._child_registries_cache = None  # of a cache before
         linear = {layer for block in adapter.blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
         self._counters = [layer.register_forward_hook(self._count) for layer in linear]
 
     def start(self, request: Request) -> None:
-        self.adapter.module._reset_stateful_cache()
         self._of_a_full_step = 0
 
     def velocity(self, step: Step) -> Tensor:
-        self._timestep, self._products, before = int(step.timestep), 0, self.adapter.forwards
+        self._products, before = 0, self.adapter.forwards
         branches = step.request.branches
         predicted: dict[str, Tensor] = {}
         for group in [branches] if self.adapter.joint else [(branch,) for branch in branches]:
-            with self.adapter.module.cache_context("_".join(group[::-1])):
-                predicted |= step.predict(group)
+            predicted |= self.predict(step, group)
         self._of_a_full_step = self._of_a_full_step or self._products
         share = self._products / self._of_a_full_step
         self.adapter.forwards = before + share * len(branches)
         step.action, step.signal = FULL if share == 1 else REUSE, share
         return step.guide(predicted)
+
+    def predict(self, step: Step, group: tuple[str, ...]) -> dict[str, Tensor]:
+        """The predictions of branches that run as one batch, with the cache at work."""
+        raise NotImplementedError
 
     def cache_bytes(self) -> int:
         """Not known: it is inside the hooks."""
@@ -145,10 +139,87 @@ class DiffusersCache(Policy):
         """Take it off the model."""
         for counter in self._counters:
             counter.remove()
-        self.adapter.module.disable_cache()
 
     def _count(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._products += inputs[0].numel() * output.shape[-1]
+
+
+class DiffusersCache(HookedCache):
+    """A cache of diffusers. `config` is what `enable_cache` takes, made from a function that tells the timestep."""
+
+    def __init__(self, adapter: Adapter, config: Callable[[Callable[[], int]], Any]) -> None:
+        from diffusers.hooks import HookRegistry
+
+        self._timestep = 0
+        adapter.module.enable_cache(config(lambda: self._timestep))
+        HookRegistry.check_if_exists_or_initialize(adapter.module)._child_registries_cache = None  # of a cache before
+        super().__init__(adapter)
+
+    def start(self, request: Request) -> None:
+        super().start(request)
+        self.adapter.module._reset_stateful_cache()
+
+    def predict(self, step: Step, group: tuple[str, ...]) -> dict[str, Tensor]:
+        self._timestep = int(step.timestep)
+        with self.adapter.module.cache_context("_".join(group[::-1])):
+            return step.predict(group)
+
+    def close(self) -> None:
+        super().close()
+        self.adapter.module.disable_cache()
+
+
+class CacheDit(HookedCache):
+    """cache-dit (vipshop): dual block cache, first block always computed, with its TaylorSeer of first order.
+
+    The others are skipped while the first block's residual has changed by less than `threshold`, after five steps. It
+    replaces the transformer's list of blocks, so the transformer's own forward runs in place of ours.
+
+    Raises:
+        SaihError: the package is missing, or the model is no Wan.
+    """
+
+    def __init__(self, adapter: Adapter, threshold: float) -> None:
+        try:
+            import cache_dit
+        except ImportError as error:
+            raise SaihError(
+                f"variant cache-dit needs the cache-dit package ({error}): pip install 'saih[caches]'"
+            ) from None
+        if type(adapter.module).__name__ != "WanTransformer3DModel":
+            raise SaihError(f"variant cache-dit is for Wan here, not for {type(adapter.module).__name__}")
+        super().__init__(adapter)
+        self._package = cache_dit
+        self._hooked = cache_dit.BlockAdapter(
+            transformer=adapter.module,
+            blocks=adapter.module.blocks,
+            forward_pattern=cache_dit.ForwardPattern.Pattern_2,
+            has_separate_cfg=True,
+        )
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            residual_diff_threshold=threshold,
+            max_warmup_steps=5,
+            enable_separate_cfg=True,
+        )
+        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
+        cache_dit.enable_cache(self._hooked, cache_config=config, calibrator_config=calibrator)
+
+    def start(self, request: Request) -> None:
+        super().start(request)
+        self._package.refresh_context(self.adapter.module, num_inference_steps=request.steps, verbose=False)
+
+    def predict(self, step: Step, group: tuple[str, ...]) -> dict[str, Tensor]:
+        (branch,) = group
+        latents = step.latents.to(self.adapter.module.dtype)
+        timestep = step.timestep.expand(len(latents))
+        condition = step.request.conditions[branch]
+        return {branch: self.adapter.module(latents, timestep=timestep, **condition, return_dict=False)[0]}
+
+    def close(self) -> None:
+        super().close()
+        self._package.disable_cache(self._hooked)
 
 
 def first_block_cache(adapter: Adapter, threshold: float) -> DiffusersCache:

@@ -53,7 +53,7 @@ class Caching(Denoising):
         numbers["reused_steps"] = sum(len(result.actions) - result.counts[FULL] for result in results) / count
         if self.params["variant"] in spec.OURS:
             numbers |= {f"{kind}_steps": sum(result.counts[kind] for result in results) / count for kind in ACTIONS}
-        if self.params["variant"] not in spec.DIFFUSERS:
+        if self.params["variant"] not in spec.HOOKED:
             numbers["cache_bytes"] = float(max(result.cache_bytes for result in results))
         return numbers
 
@@ -79,5 +79,5 @@ KNOB_DEPENDS_ON = {
         "guidance",
         "precision",
     ),
-    *("frames", "rows", "columns", "family", "layers", "width", "prompts"),
+    *("batch", "frames", "rows", "columns", "family", "layers", "width", "prompts"),
 }

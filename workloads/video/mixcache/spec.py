@@ -12,8 +12,9 @@ WORK_UNIT = "plain forwards"
 """A video is worth the forwards that plain fewer steps need to be as close to the uncached one."""
 
 OURS = ("step", "cfg", "block", "static-mix", "mixcache")
-DIFFUSERS = ("first-block-cache", "pab", "taylorseer", "magcache")
-PEERS = ("teacache", "easycache", *DIFFUSERS)
+HOOKED = ("first-block-cache", "pab", "taylorseer", "magcache", "cache-dit")
+"""Peers that are hooks inside the model: caches of diffusers, and cache-dit."""
+PEERS = ("teacache", "easycache", *HOOKED)
 VARIANTS = ("none", "fewer-steps", *OURS, *PEERS)
 
 PARAMETERS = (
@@ -22,6 +23,7 @@ PARAMETERS = (
     Parameter("layers", 8, "blocks", "depth of a model with random weights", minimum=3),
     Parameter("width", 96, "numbers", "width of a model with random weights", minimum=12),
     *options.VIDEO,
+    Parameter("batch", 1, "videos", "of one request; they are cached together", minimum=1),
     Parameter("variant", "mixcache", "", "none, fewer steps, a cache of ours, or a peer", choices=VARIANTS),
     Parameter("speedup", 2.0, "x", "counted work of `none` over the variant's: sets its knob", minimum=1),
     Parameter("threshold", 0.0, "", "the variant's own knob; 0: the one that gives `speedup`", minimum=0),
@@ -53,6 +55,7 @@ AXES = (
             for name, (model, family, layers, width) in _SIZES.items()
         ),
     ),
+    Axis("batch", "videos in a request", tuple(Rung(str(size), {"batch": size}, size) for size in (1, 2, 3, 6))),
     Axis(
         "speedup",
         "counted work of none over this",
@@ -176,8 +179,11 @@ def cost(params: Params) -> Cost:
     _check_reach(params, dit)
     gain = 1.0 if params["variant"] == "none" else float(params["speedup"])
     plain = float(dit.branches * steps)
-    videos = int(params["videos"]) if params["model"] != "random" else 1
-    return options.cost(params, [(dit, plain / gain)], work=plain, check_steps=videos + 2)
+    batch, videos = int(params["batch"]), int(params["videos"])
+    if videos % batch:
+        raise SaihError(f"{videos} videos are not a whole number of batches of {batch}")
+    requests = videos // batch if params["model"] != "random" else 1
+    return options.cost(params, [(dit, plain / gain)], work=plain, check_steps=requests + 2)
 
 
 def _check_reach(params: Params, dit: shapes.DiT) -> None:

@@ -64,6 +64,7 @@ def knob(params: Params, adapter: Adapter, calibrating: Callable[[Policy], objec
         calibrating(watch)
         return Knob(lambda value: peers.magcache(adapter, value, watch.ratios), 1e-3, 10.0)
     return {
+        "cache-dit": Knob(lambda value: peers.CacheDit(adapter, value), 1e-3, 10.0),
         "teacache": Knob(peers.TeaCache, 1e-3, 100.0),
         "easycache": Knob(peers.EasyCache, 1e-3, 100.0),
         "first-block-cache": Knob(lambda value: peers.first_block_cache(adapter, value), 1e-3, 10.0),
@@ -133,5 +134,5 @@ def _work(one: Knob, value: float, loop: Loop, requests: Sequence[Request]) -> f
 
 def close(policy: Policy) -> None:
     """Take a policy off the model, where it had put anything there."""
-    if isinstance(policy, peers.DiffusersCache):
+    if isinstance(policy, peers.HookedCache):
         policy.close()
