@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from saih.errors import SaihError
 from workloads.cosmology import clips
 from workloads.video import checkpoint
-from workloads.video.quality import psnr_db, ssim
+from workloads.video.quality import Lpips, psnr_db, ssim
 from workloads.video.reference import Reference, Videos, run
 from workloads.video.toy import train
 from workloads.video.words import WordEmbeddings
@@ -171,3 +173,39 @@ def test_training_learns_and_its_checkpoint_loads(tmp_path: Path) -> None:
     assert loaded.words is not None
     request = loaded.request(loaded.words.prompt(0), (8, 24, 24), 2, 3.0, seed=0)
     assert torch.isfinite(loaded.loop().generate(request).latents).all()
+
+
+class FakeLpips(torch.nn.Module):
+    """What the package promises: pixels in [-1, 1], three channels, one distance a frame."""
+
+    def __init__(self, net: str, pretrained: bool, pnet_rand: bool, verbose: bool) -> None:
+        super().__init__()
+        assert (net, pretrained, pnet_rand) == ("alex", False, True), "nothing may be fetched"
+        self.scale = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        assert one.shape[1] == other.shape[1] == 3
+        assert one.min() >= -1
+        return self.scale * (one - other).abs().mean((1, 2, 3), keepdim=True)
+
+
+def test_lpips_is_measured_with_local_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "lpips.pth"
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "lpips", None)
+        with pytest.raises(SaihError, match="needs the lpips package"):
+            Lpips(weights)
+    package = types.ModuleType("lpips")
+    package.LPIPS = FakeLpips  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    with pytest.raises(SaihError, match=r"lpips.pth holds no state dict of lpips.LPIPS\(net='alex'\)"):
+        Lpips(weights)
+    torch.save({"scale": torch.tensor([2.0])}, weights)
+    found, black = Lpips(weights), torch.zeros(2, 1, 64, 64)
+    assert found.distance(black, black) == 0
+    assert found.distance(black + 0.25, black) == pytest.approx(2 * 2 * 0.25)
+    with pytest.raises(SaihError, match="frames of 24 x 64 pixels; it needs 64 at least"):
+        found.distance(black[..., :24, :], black[..., :24, :])
+    torch.save({"other": torch.zeros(1)}, weights)
+    with pytest.raises(SaihError, match="holds no state dict"):
+        Lpips(weights)

@@ -113,6 +113,9 @@ class Denoising:
         if self.params["variant"] == "fewer-steps":
             worth = forwards  # by definition; the interpolated curve may be a little off
         numbers = {"ssim": quality.ssim, "iso_forwards": worth, "iso_gain": worth / forwards}
+        if self.params["lpips"]:
+            weights = Path(str(self.params["lpips"]))
+            numbers["lpips"] = self.reference.perceived(self.checkpoint, results, weights)
         return numbers | ({"psnr_db": quality.psnr_db} if quality.psnr_db < float("inf") else {})
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ MEASURED = (
     Parameter(
         "prompts", "", "", "a text file of prompts, one a line; needed for a checkpoint with a text encoder", path=True
     ),
+    Parameter("lpips", "", "", "a file with LPIPS's weights, see the README; empty: LPIPS is not measured", path=True),
     Parameter("precision", "fp32", "", "of weights and arithmetic", choices=("fp32", "bf16")),
 )
 

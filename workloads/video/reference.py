@@ -20,7 +20,7 @@ from torch import Tensor
 from saih.files import write_atomic
 from workloads.video.checkpoint import Checkpoint
 from workloads.video.loop import Loop, Policy, Request, Result
-from workloads.video.quality import psnr_db, ssim
+from workloads.video.quality import Lpips, psnr_db, ssim
 
 SHARES = (0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the steps: where the curve of fewer steps is measured."""
@@ -127,6 +127,12 @@ class Reference:
         pixels = _pixels(checkpoint, results)
         likeness = [ssim(video, plain) for video, plain in zip(pixels, self.pixels, strict=True)]
         return Quality(psnr_db(torch.stack(pixels), torch.stack(self.pixels)), sum(likeness) / len(likeness))
+
+    def perceived(self, checkpoint: Checkpoint, results: Sequence[Result], weights: Path) -> float:
+        """LPIPS of the results of all requests: mean over videos. `weights` as `Lpips` takes them."""
+        network = Lpips(weights)
+        pairs = zip(_pixels(checkpoint, results), self.pixels, strict=True)
+        return sum(network.distance(video, plain) for video, plain in pairs) / len(self.pixels)
 
     def plain_steps(self, db: float, steps: int) -> float:
         """In how many steps the plain loop is as close to the reference, at most `steps`."""
