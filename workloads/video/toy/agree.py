@@ -1,8 +1,8 @@
 """Make a small toy agree with a large one: python -m workloads.video.toy.agree LARGE SMALL FOLDER
 
 The small model goes on from SMALL and learns the large one's predictions along guided denoising, both branches and
-their guided sum: what two models must agree on to share one video. After the first round part of each video is denoised
-by the small model itself, so that it learns where its own errors lead (DAgger, Ross et al. 2011).
+their guided sum: what two models must agree on to share one video. Part of the videos is denoised by the small model itself
+from some step on, so that it learns where its own errors lead (DAgger, Ross et al. 2011).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEPS, GUIDANCE, GRID = 50, 5.0, (8, 24, 24)
 FIRST_SEED = 10_000_000
 """Of prompts and noise: far from those that quality is measured on."""
 SWITCHES = (4, 8, 12, 16, 24, STEPS)
-"""Steps after which the small model leads, by turns, from the second round on."""
+"""Steps after which the small model leads, by turns."""
 
 
 class Taught(Policy):
@@ -106,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     learner = replace(small, adapter=adapt(model))
     lessons, start_s = Lessons(large, learner, small.words, options.seed), time.perf_counter()
     losses: list[float] = []
-    for part in range(options.rounds):
-        lessons.add(options.videos // options.rounds, options.batch, SWITCHES if part else (STEPS,))
+    for _ in range(options.rounds):
+        lessons.add(options.videos // options.rounds, options.batch, SWITCHES)
         model.requires_grad_(True)
         steps = options.steps // options.rounds
         for loss in fit(model, lambda: lessons.loss(model, options.batch, generator), steps, options.rate):
