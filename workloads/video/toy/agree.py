@@ -1,8 +1,8 @@
 """Make a small toy agree with a large one: python -m workloads.video.toy.agree LARGE SMALL FOLDER
 
 The small model goes on from SMALL and learns the large one's predictions along guided denoising, both branches and
-their guided sum: what two models must agree on to share one video. Part of the videos is denoised by the small model itself
-from some step on, so that it learns where its own errors lead (DAgger, Ross et al. 2011).
+their guided sum: what two models must agree on to share one video. Part of the videos is denoised by the small model
+itself from some step on, so that it learns where its own errors lead (DAgger, Ross et al. 2011).
 """
 
 from __future__ import annotations
