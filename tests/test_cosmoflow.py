@@ -134,17 +134,6 @@ def test_steps_train_and_count_their_work(training: bench.Training) -> None:
     assert all(phases[0] > 0 and phases[2] > 0 and phases[3] == 0 for phases in samples.phase_s)
 
 
-def test_ranks_read_disjoint_batches_that_cover_the_data() -> None:
-    point = Point("cosmoflow", params(mesh=16, width=4, samples=8, gpus=2))
-    seen = []
-    for rank in (0, 1):
-        training = object.__new__(bench.Training)
-        training.place, training.batch = Place(rank, rank, 2), 2
-        training.dataset = type("D", (), {"recipe": type("R", (), {"samples": point.params["samples"]})})()
-        seen += [training._indices(rank, step) for step in (0, 1)]
-    assert sorted(index for batch in seen for index in batch) == list(range(8))
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_ranks_give_the_gradients_of_one_on_the_joined_batch(precision: str, tmp_path: Path) -> None:
     errors = _on_two_ranks(precision, tmp_path, _honest)
