@@ -139,7 +139,7 @@ def flip(content: bytes, place: int) -> bytes:
         (lambda whole: flip(whole, len(whole) - 1), "checksum of its record"),
         (lambda whole: gzip.compress(whole)[:-9], "not a whole gzip file"),
         (lambda whole: record(b"\x08\x01" * 4), "not a tf.train.Example"),
-        (lambda whole: record(field(1, b"")), "'x' is missing"),
+        (lambda whole: record(field(1, field(1, field(1, b"z") + field(2, b"")))), "'x' is missing"),
         (lambda whole: record(example(b"ab", [0.0] * 3)), "3 parameters, not 4"),
         (lambda whole: record(example(b"odd", [0.0] * 4)), "buffer size"),
     ],
