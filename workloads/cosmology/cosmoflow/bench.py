@@ -45,7 +45,7 @@ class Training:
         self.precision = str(point.params["precision"])
         self.batch = spec.batch_per_rank(point.params)
         self.cost = spec.cost(point.params)
-        self.target_mae = float(point.params["target_mae"]) if point.params["labels"] == "true" else 0.0
+        self.target_mae = float(point.params["target_mae"]) if point.params["labels"] == "own" else 0.0
         self.steps_done = 0
         torch.manual_seed(self.seed)
         learns = point.params["train"] == "until-mae"
