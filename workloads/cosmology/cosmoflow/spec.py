@@ -39,7 +39,7 @@ PARAMETERS = (
     ),
     Parameter("storage", DEFAULT_STORAGE, "", "how universes made here lie on disk", choices=STORAGES),
     Parameter("input", "storage", "", "read ahead from storage, or kept in host memory", choices=("storage", "memory")),
-    Parameter("readers", 2, "threads", "threads of each rank that read ahead", minimum=1),
+    Parameter("readers", 4, "threads", "threads of each rank that read ahead", minimum=1),
     Parameter(
         "augment", "none", "", "symmetry: cube symmetries, and shifts of periodic boxes", choices=("none", "symmetry")
     ),

@@ -17,7 +17,7 @@ PARAMETERS = (
     Parameter("channels", 4, "redshifts", "snapshots of the same universe in one volume", choices=(1, 2, 3, 4)),
     Parameter("shards", 1, "files", "read in a step, each of 32 MiB or one volume", minimum=1),
     Parameter("batch", 4, "volumes", "handed over at a time", minimum=1),
-    Parameter("readers", 2, "", "threads of the loader; processes of the DataLoader", minimum=1),
+    Parameter("readers", 4, "", "threads of the loader; processes of the DataLoader", minimum=1),
     Parameter("storage", DEFAULT_STORAGE, "", "how the volumes lie on disk", choices=STORAGES),
     Parameter(
         "variant",
