@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from saih import workload
 from saih.core import Context, Place, Point, Value
 from saih.errors import SaihError
-from saih.timing import StepClock, run_steps
+from saih.timing import StepClock, Unclocked, run_steps
 from workloads.cosmology.cosmoflow import bench, spec
 from workloads.cosmology.cosmoflow.model import CosmoFlow, from_counts
 from workloads.cosmology.cosmoflow.parallel import Alone
@@ -134,15 +136,39 @@ def test_steps_train_and_count_their_work(training: bench.Training) -> None:
     assert all(phases[0] > 0 and phases[2] > 0 and phases[3] == 0 for phases in samples.phase_s)
 
 
-def test_ranks_read_disjoint_batches_that_cover_the_data() -> None:
-    point = Point("cosmoflow", params(mesh=16, width=4, samples=8, gpus=2))
-    seen = []
-    for rank in (0, 1):
-        training = object.__new__(bench.Training)
-        training.place, training.batch = Place(rank, rank, 2), 2
-        training.dataset = type("D", (), {"recipe": type("R", (), {"samples": point.params["samples"]})})()
-        seen += [training._indices(rank, step) for step in (0, 1)]
-    assert sorted(index for batch in seen for index in batch) == list(range(8))
+def test_memory_and_storage_give_the_same_steps(tmp_path: Path) -> None:
+    """The same losses step by step, in every layout; another order of samples gives others."""
+
+    def losses(**changes: Value) -> list[float]:
+        point = Point("cosmoflow", params(mesh=16, width=4, samples=6, **changes))
+        training = bench.setup(point, Context(Place(0, 0, 1), "cpu", str(tmp_path)))
+        training.network.eval()
+        told = [float(training._loss(training.network, *training._next(Unclocked()))) for _ in range(5)]
+        training.close()
+        return told
+
+    expected = losses(input="memory")
+    assert len(set(expected)) == 5
+    assert losses(input="storage") == losses(storage="npy") == losses(storage="hdf5-gzip", readers=1) == expected
+    augmented = losses(augment="symmetry")
+    assert losses(augment="symmetry", input="memory") == augmented != expected
+
+
+def test_it_trains_on_files_of_mlperf(tmp_path: Path) -> None:
+    for subset in ("train", "validation"):
+        (tmp_path / subset).mkdir()
+        with h5py.File(tmp_path / subset / "univ.hdf5", "w") as file:
+            file["full"] = np.random.default_rng(0).integers(0, 9, (32, 32, 32, 4)).astype("<i2")
+            file["unitPar"] = np.array([0.5, -0.5, 0.1, 0.0])
+    chosen = params(
+        mesh=16, width=4, samples=8, dataset=str(tmp_path), train="until-mae", epochs=1, validation=4, target_mae=0.0
+    )
+    assert spec.cost(chosen).disk_bytes == 0
+    training = bench.setup(Point("cosmoflow", chosen), Context(Place(0, 0, 1), "cpu", str(tmp_path / "unused")))
+    assert training.check().numbers["mae"] > 0
+    training.close()
+    with pytest.raises(SaihError, match="holds 8 volumes of 16\\^3, fewer than samples=9"):
+        bench.setup(Point("cosmoflow", chosen | {"samples": 9}), Context(Place(0, 0, 1), "cpu", ""))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -188,6 +214,7 @@ def _rank(rank: int, precision: str, folder: str, judge: object, answers: object
         ({"mesh": 48}, "not a power of two"),
         ({"mesh": 16, "stages": 5}, "can be pooled 4 times"),
         ({"scaling": "strong", "batch": 3, "gpus": 2}, "cannot be shared by 2 ranks"),
+        ({"labels": "shuffled"}, "set train=until-mae"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(changes: dict[str, Value], words: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
 from saih.errors import SaihError
+from workloads.cosmology.storages import DEFAULT_STORAGE, STORAGES
 
 TITLE = "CosmoFlow: a 3D CNN that regresses cosmological parameters from dark-matter volumes (training)"
 PAPER = (
@@ -33,6 +34,30 @@ PARAMETERS = (
     ),
     Parameter("scaling", "weak", "", "what `batch` counts when there are several ranks", choices=("weak", "strong")),
     Parameter("samples", 8, "volumes", "volumes in the data set", minimum=1),
+    Parameter(
+        "dataset", "", "", "folder with MLPerf HPC's own files below train and validation; empty: universes made here"
+    ),
+    Parameter("storage", DEFAULT_STORAGE, "", "how universes made here lie on disk", choices=STORAGES),
+    Parameter("input", "storage", "", "read ahead from storage, or kept in host memory", choices=("storage", "memory")),
+    Parameter("readers", 4, "threads", "threads of each rank that read ahead", minimum=1),
+    Parameter(
+        "augment", "none", "", "symmetry: cube symmetries, and shifts of periodic boxes", choices=("none", "symmetry")
+    ),
+    Parameter(
+        "train", "steps", "", "until-mae: first train to `target_mae`, or not be timed", choices=("steps", "until-mae")
+    ),
+    Parameter(
+        "target_mae", 0.2, "", "mean absolute error of omega_m and sigma_8, scaled to [-1, 1]; 0: any", minimum=0
+    ),
+    Parameter("epochs", 16, "epochs", "at most, of train=until-mae", minimum=1),
+    Parameter("validation", 128, "volumes", "of unseen universes, for train=until-mae", minimum=1),
+    Parameter(
+        "labels",
+        "own",
+        "",
+        "what is learnt: own, of other universes, their mean alone",
+        choices=("own", "shuffled", "mean"),
+    ),
     Parameter(
         "backend", "ddp", "", "what averages the gradients of several ranks; horovod: make horovod", choices=BACKENDS
     ),
@@ -74,6 +99,46 @@ CLAIMS = (
         {"gpus": "1"},
         target=0.75,
         where={"data": "last", "model": "last"},
+    ),
+    Claim(
+        "storage-keeps-up",
+        "samples/s of training from storage, cold, over training from host memory",
+        "work_per_s",
+        {"input": "storage"},
+        {"input": "memory"},
+        target=0.95,
+    ),
+    *(
+        Claim(
+            f"learns-{name.replace('_', '-')}",
+            f"error on {name} of predicting the mean over error after training; universes of unseen seeds",
+            f"check_mae_{name}",
+            {"labels": "mean"},
+            {"labels": "own"},
+            target=3.0,
+        )
+        for name in ("omega_m", "sigma_8")
+    ),
+    Claim(
+        "n-s-leaves-next-to-no-trace",
+        "the same for n_s: in boxes of 128 to 256 Mpc/h it can hardly be told, by this network or another",
+        "check_mae_n_s",
+        {"labels": "mean"},
+        {"labels": "own"},
+        target=1.5,
+        better="lower",
+    ),
+    *(
+        Claim(
+            f"shuffled-labels-teach-nothing-of-{name.replace('_', '-')}",
+            f"error on {name} of predicting the mean over error after training on the labels of other universes",
+            f"check_mae_{name}",
+            {"labels": "mean"},
+            {"labels": "shuffled"},
+            target=1.1,
+            better="lower",
+        )
+        for name in ("omega_m", "sigma_8")
     ),
 )
 
@@ -151,12 +216,33 @@ def sample_bytes(params: Params) -> int:
     return 2 * int(params["channels"]) * int(params["mesh"]) ** 3
 
 
+def disk_bytes(params: Params) -> int:
+    """Volumes to be made; files of others are there already."""
+    volumes = int(params["samples"]) + (int(params["validation"]) if params["train"] == "until-mae" else 0)
+    return 0 if params["dataset"] else sample_bytes(params) * volumes
+
+
+def steps_per_epoch(params: Params) -> int:
+    """Steps in which all ranks together see every volume once, but for a rest smaller than a step."""
+    together = batch_per_rank(params) * int(params["nodes"]) * int(params["gpus"])
+    return max(1, int(params["samples"]) // together)
+
+
+def lesson_steps(params: Params) -> int:
+    """Steps of training before anything is timed, at most."""
+    learns = params["train"] == "until-mae" and params["labels"] != "mean"
+    return int(params["epochs"]) * steps_per_epoch(params) if learns else 0
+
+
 def cost(params: Params) -> Cost:
     """One training step of one rank."""
+    if params["labels"] != "own" and params["train"] == "steps":
+        raise SaihError(f"labels={params['labels']} is about what is learnt: set train=until-mae as well")
     net, batch = network(params), batch_per_rank(params)
     word = 2 if params["precision"] == "bf16" else 4
     ranks = int(params["nodes"]) * int(params["gpus"])
-    data = sample_bytes(params) * int(params["samples"])
+    data = disk_bytes(params)
+    ranks_checked = min(ranks, 8) if ranks > 1 else 0
     return Cost(
         flop=net.training_flop * batch,
         work=batch,
@@ -166,9 +252,9 @@ def cost(params: Params) -> Cost:
         input_bytes=batch * sample_bytes(params),
         message_bytes=4.0 * net.parameters if ranks > 1 else 0.0,
         disk_bytes=data,
-        data_set=f"{params['mesh']}^3 x {params['channels']}, {params['samples']} volumes",
+        data_set=f"{params['mesh']}^3 x {params['channels']}, {data / 1e6:.6g} MB in {params['storage']}",
         setup_s=data / GENERATE_BYTES_PER_S,
-        check_steps=4 + (min(ranks, 8) if ranks > 1 else 0),
+        check_steps=4 + ranks_checked + lesson_steps(params),
     )
 
 
@@ -199,4 +285,5 @@ def _memory(net: Network, batch: int, word: int, params: Params) -> float:
         kept += voxels * conv.outputs * (word + (word + 8) / 8)  # output, pooled output, int64 positions of the maxima
     largest = max(batch * conv.side**3 * conv.outputs * word for conv in net.convs)
     inputs = batch * int(params["mesh"]) ** 3 * int(params["channels"]) * (2 + 4 + (word if word != 4 else 0))
-    return 12.0 * net.parameters + kept + 2 * largest + inputs
+    optimizer = 8.0 if params["train"] == "until-mae" else 4.0  # Adam's two moments, or momentum
+    return (8.0 + optimizer) * net.parameters + kept + 2 * largest + inputs
