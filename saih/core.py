@@ -18,6 +18,11 @@ FORMAT = 1
 
 PHASES = ("input", "transfer", "compute", "communication", "other")
 
+WHOLE = "none"
+"""The rung of the axis `ablation` that leaves a step as it is."""
+PARTS = ("input", "compute", "communication")
+"""What an ablation can take out of a step: reading (the batch is in memory), computing, talking to other ranks."""
+
 Value = bool | int | float | str
 Params = Mapping[str, Value]
 
@@ -86,8 +91,10 @@ COMMON = (
     Parameter("steps", 5, "steps", "timed steps at the least", minimum=1),
     Parameter("seconds", 1.0, "s", "go on timing until this much time is measured ...", minimum=0),
     Parameter("max_steps", 50, "steps", "... or this many steps", minimum=1),
+    Parameter("load_readers", 0, "processes", "that read files beside the timed steps, where data sets lie", minimum=0),
+    Parameter("load_hogs", 0, "processes", "that compute beside the timed steps, a core each", minimum=0),
 )
-"""Parameters every workload has: the allocation, and how long a point is measured."""
+"""Parameters every workload has: the allocation, how long a point is measured, and what else each node does then."""
 
 
 @dataclass(frozen=True)
@@ -345,7 +352,11 @@ class Clock(Protocol):
 
 
 class Bench(Protocol):
-    """A point made ready to run on one rank: what `bench.setup(point, context)` returns."""
+    """A point made ready to run on one rank: what `bench.setup(point, context)` returns.
+
+    One whose spec names ABLATIONS has `ablate(part)` besides: called after the check and before the first step, it
+    takes one of PARTS out of every step that follows, whose results are then worthless and whose time is the evidence.
+    """
 
     def check(self) -> Check:
         """Run before timing; must leave the state as `setup` made it."""

@@ -25,7 +25,10 @@ MACHINE_KEYS = (
 )
 """Two measurements that differ in one of these do not belong in one trend."""
 
-MEASURING = ("core", "errors", "files", "workload", "launchers", "mpi", "timing", "environment", "worker")
+MEASURING = (
+    *("core", "errors", "files", "workload", "launchers", "mpi", "timing", "lifeline", "load", "environment"),
+    "worker",
+)
 """Modules of saih that run inside a job."""
 
 SCHEDULER_PREFIXES = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "PBS_JOBID", "FLUX_JOB_ID")

@@ -29,13 +29,14 @@ import torch
 import torch.distributed as dist
 
 from saih import environment, launchers, workload
-from saih.core import FORMAT, PHASES, Check, Context, Place, Point
+from saih.core import FORMAT, PHASES, WHOLE, Check, Context, Place, Point
 from saih.errors import SaihError
 from saih.files import blamed_on, digest, read_record, write_atomic, write_json, write_json_once
+from saih.lifeline import die_with_the_parent
+from saih.load import background
 from saih.timing import Samples, StepClock, run_steps
 
 HOST_BYTES = 64
-PR_SET_PDEATHSIG = 1
 MEETING = datetime.timedelta(minutes=5)
 """For all ranks to find each other: one that never starts is not waited for as long as a slow step is."""
 COLLECTIVE = datetime.timedelta(minutes=30)
@@ -75,7 +76,7 @@ class Pack:
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m saih.worker PACK.json`, started by a launcher; 0 when every point was dealt with."""
-    _die_with_the_launcher()
+    die_with_the_parent()
     pack = Pack.read(Path(arguments[0]))
     place = launchers.place()
     if place.world != pack.ranks:
@@ -126,12 +127,16 @@ class Launch:
             ready_s = time.perf_counter()
             check = self._unanimous(bench.check())
             checked_s = time.perf_counter()
-            warm = run_steps(bench, clock, int(point.params["warmup"]), self._line_up)
-            steps = self._agree_on_steps(point, warm)
-            _reset_peak_memory(self.device)
-            io_before = _io_counters()
-            timed = run_steps(bench, clock, steps, self._line_up)
-            io_after = _io_counters()
+            part = point.params.get("ablation", WHOLE)
+            if part != WHOLE:
+                bench.ablate(part)  # type: ignore[attr-defined]  # held by the contract test
+            with self._load(point):
+                warm = run_steps(bench, clock, int(point.params["warmup"]), self._line_up)
+                steps = self._agree_on_steps(point, warm)
+                _reset_peak_memory(self.device)
+                io_before = _io_counters()
+                timed = run_steps(bench, clock, steps, self._line_up)
+                io_after = _io_counters()
         finally:
             bench.close()
         per_rank = {
@@ -148,6 +153,13 @@ class Launch:
         if self.place.rank == 0:
             _store(folder, point, began, check, arrays, _without_nan(ranks), hosts, self.environment)
             self._tell("measured", point)
+
+    def _load(self, point: Point) -> contextlib.AbstractContextManager[None]:
+        """The background load of a node, started by the first of its ranks."""
+        if self.place.local_rank > 0:
+            return contextlib.nullcontext()
+        counts = int(point.params["load_readers"]), int(point.params["load_hogs"])
+        return background(*counts, Path(self.pack.data_folder) / f"load-of-{socket.gethostname()}-{self.place.rank}")
 
     def _unanimous(self, check: Check) -> Check:
         """A check passes when it passes on every rank."""
@@ -293,12 +305,6 @@ def _append_event(folder: Path, event: str, point: Point) -> None:
     line = json.dumps({"event": event, "point": point.id, "time": time.time()}) + "\n"
     with contextlib.suppress(OSError), open(folder / "events.jsonl", "a") as file:
         file.write(line)
-
-
-def _die_with_the_launcher() -> None:
-    """Ask the kernel to kill this rank when its launcher dies: nobody is left to use what it would measure."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _refuse_mixed_ranks(seen: dict[str, Any], device: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
-from saih.core import COMMON, Axis, Bench, Claim, Context, Cost, Parameter, Params, Point, TradeOff
+from saih.core import COMMON, PARTS, WHOLE, Axis, Bench, Claim, Context, Cost, Parameter, Params, Point, TradeOff
 from saih.errors import SaihError, unknown
 
 ENTRY_POINTS = "saih.workloads"
@@ -22,6 +22,7 @@ class Spec(Protocol):
     """What spec.py must define. It is planned with on login nodes: it imports nothing heavy, least of all torch.
 
     It may define TRADE_OFF besides, a `TradeOff`: what its report draws quality over speed-up from.
+    And ABLATIONS, those of `saih.core.PARTS` that its bench can take out of a step.
     """
 
     TITLE: str
@@ -77,8 +78,14 @@ def family_folder(name: str) -> Path:
 
 
 def parameters(workload: Spec) -> dict[str, Parameter]:
-    """All parameters of a workload by name: its own, then the common ones."""
-    return {parameter.name: parameter for parameter in (*workload.PARAMETERS, *COMMON)}
+    """All parameters of a workload by name: its own, then the common ones; `ablation` where it knows any."""
+    known = {parameter.name: parameter for parameter in (*workload.PARAMETERS, *COMMON)}
+    parts = tuple(part for part in PARTS if part in getattr(workload, "ABLATIONS", ()))
+    if parts:
+        known["ablation"] = Parameter(
+            "ablation", WHOLE, "", "part taken out of every timed step, for diagnosis", choices=(WHOLE, *parts)
+        )
+    return known
 
 
 def trade_off(workload: Spec | None) -> TradeOff | None:

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("saih.errors",),
-    ("saih.files",),
+    ("saih.errors", "saih.lifeline"),
+    ("saih.files", "saih.load"),
     ("saih.core",),
     ("saih.launchers", "saih.workload", "saih.timing", "saih.environment", "saih.yamlfile", "saih.schedulers"),
     ("saih.site", "saih.sweep", "saih.mpi"),
@@ -36,6 +36,8 @@ WORKER_MAY_USE = {
     "saih.timing",
     "saih.environment",
     "saih.launchers",
+    "saih.load",
+    "saih.lifeline",
     "saih.core",
     "saih.files",
     "saih.errors",
@@ -44,7 +46,7 @@ WORKLOADS_MAY_USE = {"saih.core", "saih.errors", "saih.timing", "saih.files", "s
 OUTSIDE_THE_WORKER = {"h5py", "pandas", "matplotlib", "jinja2", "yaml", "pydantic", "rich", "scipy"}
 IMPORT_TORCH = {"saih.timing", "saih.worker"}
 """The only modules of saih that import torch when they are imported."""
-STANDARD_LIBRARY_ONLY = {"saih.core", "saih.errors", "saih.files"}
+STANDARD_LIBRARY_ONLY = {"saih.core", "saih.errors", "saih.files", "saih.lifeline", "saih.load"}
 SOLE_USERS = {"h5py": {"saih.store"}, "matplotlib": {"saih.report"}, "jinja2": {"saih.jobs", "saih.report"}}
 
 FORBIDDEN = {
