@@ -22,6 +22,10 @@ WHOLE = "none"
 """The rung of the axis `ablation` that leaves a step as it is."""
 PARTS = ("input", "compute", "communication")
 """What an ablation can take out of a step: reading (the batch is in memory), computing, talking to other ranks."""
+LOADS = ("load_readers", "load_hogs")
+"""Parameters that put other work beside the timed steps of a node."""
+EXPERIMENTS = ("ablation", *LOADS)
+"""Parameters by which a step is disturbed on purpose, to learn what holds it back."""
 
 Value = bool | int | float | str
 Params = Mapping[str, Value]

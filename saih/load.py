@@ -24,29 +24,33 @@ HOGGED_BYTES = 1 << 20
 
 @contextlib.contextmanager
 def background(readers: int, hogs: int, folder: Path) -> Iterator[None]:
-    """So many processes of each kind, from here to the end of the block; each reader has a file in `folder`.
+    """So many processes of each kind, all at work from here to the end of the block; a file in `folder` each reader.
 
-    Raises OSError where a reader's file cannot be written.
+    Raises OSError where a reader's file cannot be written, and where one of the processes ended early.
     """
     files = [folder / f"{number}.bin" for number in range(readers)]
     for file in files:
         _write(file)
-    commands = [("read", str(file)) for file in files] + [("compute",)] * hogs
-    running = [subprocess.Popen([sys.executable, "-m", "saih.load", *words]) for words in commands]
+    running: list[subprocess.Popen[bytes]] = []
     try:
+        for words in [("read", str(file)) for file in files] + [("compute",)] * hogs:
+            command = [sys.executable, "-m", "saih.load", *words]
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE))
         for process in running:
-            if process.poll() is not None:
-                raise OSError(f"the background load ended with status {process.returncode}")
+            if process.stdout is not None:
+                process.stdout.readline()  # it is at work, or it has ended
         yield
+        if any(process.poll() is not None for process in running):
+            raise OSError("the background load ended before the timed steps did")
     finally:
         for process in running:
             process.kill()
         for process in running:
-            process.wait()
+            process.communicate()
 
 
 def _write(file: Path) -> None:
-    """Random bytes, written aside and renamed, and out of the page cache where the kernel obeys."""
+    """Random bytes, written aside and renamed."""
     if file.exists() and file.stat().st_size == FILE_BYTES:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +83,7 @@ def compute_for_ever() -> None:
 
 if __name__ == "__main__":
     die_with_the_parent()
+    print("at work", flush=True)
     if sys.argv[1] == "read":
         read_for_ever(Path(sys.argv[2]))
     compute_for_ever()

@@ -22,8 +22,9 @@ import pytest
 
 from saih import jobs, launchers, schedulers, store, workload
 from saih.analysis.cells import RATES
-from saih.core import COMMON, Axis, Claim, Cost, Job, Parameter, Params, Point, axis_of
+from saih.core import COMMON, FORMAT, PARTS, WHOLE, Axis, Claim, Cost, Job, Parameter, Params, Point, axis_of
 from saih.errors import SaihError
+from saih.files import write_json
 from saih.site import Site, Submission
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,36 @@ def test_a_bench_defines_setup(name: str) -> None:
     tree = ast.parse(Path(source.origin).read_text())
     setups = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "setup"]
     assert [[argument.arg for argument in node.args.args] for node in setups] == [["point", "context"]]
+
+
+ABLATED = [name for name in WORKLOADS if getattr(workload.spec(name), "ABLATIONS", ())]
+
+
+@pytest.mark.parametrize("name", ABLATED)
+def test_what_can_be_taken_out_is_a_part_of_a_step_and_an_axis(name: str) -> None:
+    parts = workload.spec(name).ABLATIONS  # type: ignore[attr-defined]
+    assert set(parts) <= set(PARTS)
+    assert [rung.label for rung in ladder(name, "ablation").rungs] == [
+        WHOLE,
+        *(part for part in PARTS if part in parts),
+    ]
+
+
+@pytest.mark.parametrize("name", ABLATED)
+def test_every_part_can_be_taken_out_of_a_tiny_point(name: str, tmp_path: Path) -> None:
+    """At the first rung of every axis, by one rank, as a job would: the whole step passes its check first."""
+    spec = workload.spec(name)
+    quick = {"seconds": 0.0, "steps": 2, "warmup": 1, "nodes": 1, "gpus": 1}
+    tiny: dict[str, Any] = {key: value for axis in spec.AXES for key, value in axis.rungs[0].params.items()}
+    for part in spec.ABLATIONS:  # type: ignore[attr-defined]
+        point = Point(name, defaults(name) | tiny | quick | {"ablation": part})
+        pack = {"points": [point.to_json()], "points_folder": str(tmp_path / "points"), "ranks": 1, "threads": 1}
+        pack |= {"format": FORMAT, "name": "000", "device": "cpu", "data_folder": str(tmp_path / "data")}
+        write_json(tmp_path / "pack.json", pack | {"rank_memory_bytes": None, "version": {}})
+        started = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        subprocess.run([sys.executable, "-m", "saih.worker", str(tmp_path / "pack.json")], env=started, check=True)
+        home = tmp_path / "points" / point.folder
+        assert (home / "measurement.json").exists(), (home / "failure.json").read_text()
 
 
 def test_a_name_belongs_to_one_workload() -> None:

@@ -114,6 +114,36 @@ def test_headline_for_the_terminal(tmp_path: Path) -> None:
     assert second == "lowest at data=16 model=w4, highest at data=32 model=w8"
 
 
+ABLATION = Axis(
+    "ablation", "", tuple(Rung(part, {"ablation": part}, at) for at, part in enumerate(("none", "compute")))
+)
+READERS = Axis("load_readers", "", tuple(Rung(str(count), {"load_readers": count}, count) for count in (0, 2)))
+
+
+def disturbed(params: Params) -> float:
+    """Nothing to compute: a thousand times as fast; two readers beside: half as fast."""
+    return (
+        step_of_grid(params) * (1e-3 if params["ablation"] != "none" else 1.0) * (1 + float(params["load_readers"]) / 2)
+    )
+
+
+def test_what_was_disturbed_on_purpose_is_not_taken_for_performance(tmp_path: Path) -> None:
+    axes = (DATA, MODEL, ABLATION, READERS)
+    results = gathered(tmp_path, Scenario(axes=axes, step_s=disturbed, workload="cosmoflow", repeat=3, jitter=0.001))
+    first, second = page.headline(results).splitlines()
+    assert first == "10.0 % -> 80.0 % of measured ceiling, 5.00 % -> 40.0 % of data sheet, on testbed (Test CPU)"
+    assert second == "lowest at data=16 model=w4, highest at data=32 model=w8"
+    source = page.write(results, tmp_path / "page.html").read_text()
+    assert re.findall(r"<b>([\d.]+)</b><small>", source) == ["10.0", "40.0", "20.0", "80.0"]
+    assert "16 cells measured" in text_of(source)
+    assert source.count("<figcaption><strong>ablation") == 0
+    cells = csv_of(source, "cells")
+    assert cells.loc[cells["label_ablation"] != "none", "percent_of_peak"].isna().all()
+    claims = {claim["name"]: claim for claim in cli._claims_of([results])}
+    assert claims["percent-of-peak-rises-with-data"]["measured"] == pytest.approx(4.0, rel=0.01)
+    assert claims["percent-of-peak-rises-with-data"]["pairs"] == 2
+
+
 def test_headline_keeps_growth_apart_from_ranks(tmp_path: Path) -> None:
     results = gathered(tmp_path, Scenario(axes=(DATA, MODEL, GPUS), step_s=slower_together))
     first, second, third = page.headline(results).splitlines()

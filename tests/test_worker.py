@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from saih import environment, launchers, worker, workload
-from saih.core import FORMAT, PHASES, Check, Clock, Context, Place, Point, Work
+from saih import environment, launchers, load, worker, workload
+from saih.core import FORMAT, PHASES, Check, Clock, Place, Point, Work
 from saih.errors import SaihError
 from saih.files import read_json, write_json
 
@@ -94,28 +94,58 @@ def test_a_later_success_removes_the_old_failure(tmp_path: Path, monkeypatch: py
     assert sorted(path.name for path in home.iterdir()) == ["measurement.json", "samples.npz"]
 
 
+class Spy:
+    """A bench that writes down what is called, and the processes that run beside it."""
+
+    def __init__(self, order: list[str]) -> None:
+        self.order = order
+        self.beside: list[int] = []
+
+    def check(self) -> Check:
+        self.order.append("check")
+        return Check(True)
+
+    def ablate(self, part: str) -> None:
+        self.order.append(f"without {part}")
+
+    def step(self, clock: Clock) -> Work:
+        self.order.append("step")
+        own = Path(f"/proc/self/task/{os.getpid()}/children")
+        self.beside.append(len(own.read_text().split()))
+        return Work(1.0)
+
+    def close(self) -> None:
+        self.order.append("close")
+
+
 def test_the_check_comes_before_the_first_timed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-
-    class Spy:
-        def check(self) -> Check:
-            order.append("check")
-            return Check(True)
-
-        def step(self, clock: Clock) -> Work:
-            order.append("step")
-            return Work(1.0)
-
-        def close(self) -> None:
-            order.append("close")
-
-    def setup(point: Point, context: Context) -> Spy:
-        order.append("setup")
-        return Spy()
-
-    monkeypatch.setattr(workload.bench("faulty"), "setup", setup)
+    monkeypatch.setattr(workload.bench("faulty"), "setup", lambda point, context: order.append("setup") or Spy(order))
     launch(tmp_path).run(point(warmup=2, steps=3))
     assert order == ["setup", "check", *["step"] * 5, "close"]
+
+
+def test_a_part_is_taken_out_after_the_check_and_before_the_warm_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(workload.bench("faulty"), "setup", lambda point, context: Spy(order))
+    launch(tmp_path).run(point(warmup=1, steps=2, ablation="input"))
+    assert order == ["check", "without input", *["step"] * 3, "close"]
+
+
+def test_a_load_runs_beside_warm_up_and_timed_steps_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy([])
+    monkeypatch.setattr(load, "FILE_BYTES", load.READ_BYTES)
+    monkeypatch.setattr(workload.bench("faulty"), "setup", lambda point, context: spy)
+    wanted = point(warmup=1, steps=2, load_readers=1, load_hogs=1)
+    launch(tmp_path).run(wanted)
+    assert (tmp_path / "points" / wanted.folder / "measurement.json").exists()
+    assert spy.beside == [2, 2, 2]
+    launch(tmp_path).run(point())
+    assert spy.beside[3:] == [0] * 4
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saih.analysis.cells import copy_rate, labels_of, peaks
+from saih.analysis.cells import copy_rate, is_whole, labels_of, peaks
 from saih.analysis.intervals import student_t
 from saih.core import PARTS, WHOLE
 
 STRAGGLER = "straggler"
 TIMED = ("input", "transfer", "compute", "communication", "other", STRAGGLER)
 """Parts of a step, as the clocks of all ranks tell them; they add up to the step."""
-LOADS = ("param_load_readers", "param_load_hogs")
 FLAT = 0.5
 """Time that grows with FLOP to less than this power is mostly not spent on them: launches, small kernels."""
 EMPTY = 0.25
@@ -70,17 +69,6 @@ def verdicts(
         shares = _shares(cell, points, repeats, timed)
         found.append(_judge(whole.loc[cell], shares, repeats, steepness.get(cell), sweep))
     return found
-
-
-def is_whole(table: pd.DataFrame) -> pd.Series:
-    """Rows of points or cells measured as users run them: without ablation or background load."""
-    whole = pd.Series(True, index=table.index)
-    if "param_ablation" in table:
-        whole &= table["param_ablation"].fillna(WHOLE) == WHOLE
-    for load in LOADS:
-        if load in table:
-            whole &= table[load].fillna(0) == 0
-    return whole
 
 
 def parts_of_step(samples: pd.DataFrame) -> pd.DataFrame:

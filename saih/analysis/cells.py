@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from saih.analysis.intervals import step_intervals
-from saih.core import PHASES
+from saih.core import LOADS, PHASES, WHOLE
 
 RATES = (
     *("flop_per_s", "bytes_per_s", "work_per_s", "work_per_s_per_rank"),
@@ -42,6 +42,7 @@ def per_point(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any
     table = grouped[["step_s", "units", "flop", "moved_bytes"]].median()
     checked = [name for name in points.columns if name.startswith("check_")]
     columns = ["cell", "repeat", "ranks", *(f"label_{axis}" for axis in labels_of(points)), *checked]
+    columns += [name for name in ("param_ablation",) if name in points]
     table = table.join(points.reindex(columns=columns))  # no point has ranks where none was measured
     return _with_rates(table.join(_precision(points)), sweep)
 
@@ -60,6 +61,21 @@ def per_cell(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]
     count = steps.groupby("cell", sort=False).size().rename("steps")
     table = table.join(found).join(work).join(count).join(pd.DataFrame(shares))
     return _with_rates(table, sweep)
+
+
+def is_complete(table: pd.DataFrame) -> pd.Series:
+    """Rows of points or cells whose steps do all their work: no part is taken out."""
+    if "param_ablation" not in table:
+        return pd.Series(True, index=table.index)
+    return table["param_ablation"].fillna(WHOLE) == WHOLE
+
+
+def is_whole(table: pd.DataFrame) -> pd.Series:
+    """Rows of points or cells measured as users run them: no part taken out, no load put beside."""
+    whole = is_complete(table)
+    for load in LOADS:
+        whole &= table.get(f"param_{load}", pd.Series(0, index=table.index)).fillna(0) == 0
+    return whole
 
 
 def peaks(sweep: Mapping[str, Any], precision: str) -> tuple[float, float]:
@@ -86,9 +102,10 @@ def _with_rates(table: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
     flop_per_s = table["flop"] / table["step_s"]
     bytes_per_s = table["moved_bytes"] / table["step_s"]
     per_rank = flop_per_s / table["ranks"]
-    computes, moves = table["flop"] > 0, table["moved_bytes"] > 0
+    complete = is_complete(table)  # else there was less to do than these FLOP and bytes
+    computes, moves = complete & (table["flop"] > 0), complete & (table["moved_bytes"] > 0)
     return table.assign(
-        flop_per_s=flop_per_s,
+        flop_per_s=flop_per_s.where(complete),
         bytes_per_s=bytes_per_s.where(moves),
         work_per_s=table["units"] / table["step_s"],
         work_per_s_per_rank=table["units"] / table["step_s"] / table["ranks"],

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saih.analysis.cells import labels_of
+from saih.analysis.cells import is_whole, labels_of
 from saih.analysis.intervals import log_mean_interval
-from saih.core import Claim
+from saih.core import EXPERIMENTS, Claim
 
 ENDS = ("first", "last")
 
@@ -89,7 +89,7 @@ def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.Dat
         return f"axis {', '.join(missing)} does not vary in this sweep"
     if claim.metric not in measured:
         return f"no measured point has {claim.metric}"
-    usable = measured[np.isfinite(measured[claim.metric])]
+    usable = measured[np.isfinite(measured[claim.metric]) & _as_claimed(points, measured, named)]
     if usable.empty:
         return f"no measured point has {claim.metric}; run saih probe for a measured peak"
     chosen = _select(usable, points, where, fewest_rungs=1)
@@ -114,6 +114,13 @@ def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.Dat
     if set(claim.numerator.values()) == {"last"} and (kept["ratio"] == 1).all():
         return f"only one rung of {', '.join(claim.numerator)} is measured"
     return kept[[*rest, "repeat", "ratio", "predicted"]]
+
+
+def _as_claimed(points: pd.DataFrame, measured: pd.DataFrame, named: Sequence[str]) -> pd.Series:
+    """Which rows a claim is about: those of undisturbed steps, unless it names an axis that disturbs them."""
+    if set(named) & set(EXPERIMENTS):
+        return pd.Series(True, index=measured.index)
+    return is_whole(points.loc[measured.index])
 
 
 def _in_every_repeat(pairs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:

@@ -33,11 +33,11 @@ class Group:
 
 def percent_curves(results: Results) -> tuple[list[Group], str]:
     """% of peak over the first axis against each known denominator; and how many combinations are left out."""
-    cells = results.measured
+    cells = results.whole
     known = [name for name in PERCENTAGES if cells[name].notna().any()]
     if not known:
         return [], ""
-    plan = layout(results.axes)
+    plan = layout(results.problem_axes)
     combinations = list(plan.split(cells))
     reach = cells[known].mul(cells["step_s"] / cells["step_s_low"], axis=0)
     top = _top(float(cells[known].max().max()), float(reach.max().max()))

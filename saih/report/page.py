@@ -51,7 +51,7 @@ def _content(results: Results) -> dict[str, Any]:
     phases, phase_rows = tables.phase_rows(results)
     checks, check_rows = tables.check_rows(results)
     troubles, troubles_total = tables.troubles(results)
-    plan = layout(results.axes)
+    plan = layout(results.problem_axes)
     return {
         "version": __version__,
         "results": results,
@@ -102,9 +102,9 @@ def _rates(results: Results) -> dict[str, Any]:
 
 def _scaling(results: Results) -> dict[str, Any] | None:
     """Speed-up and efficiency, or None where ranks do not vary."""
-    if results.measured.empty:
+    if results.whole.empty:
         return None
-    scaled = scaling(results.cells, results.by_point)
+    scaled = scaling(results.undisturbed, results.by_point)
     if scaled.empty:
         return None
     kinds = sorted(scaled["param_scaling"].unique()) if "param_scaling" in scaled else []

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from saih import store, workload
-from saih.analysis.cells import RATES, job_steps, per_cell, per_point
+from saih.analysis.cells import RATES, is_whole, job_steps, per_cell, per_point
 from saih.analysis.claims import evaluate_all
-from saih.core import PHASES, Axis
+from saih.core import EXPERIMENTS, PHASES, Axis
 from saih.errors import SaihError
 from saih.report.grid import axes_of, words
 from saih.workload import Spec
@@ -56,9 +56,25 @@ class Results:
         return axes_of(self.sweep)
 
     @property
+    def problem_axes(self) -> tuple[Axis, ...]:
+        """The axes along which the application or the machine differs, not what is done to it for diagnosis."""
+        problem = tuple(axis for axis in self.axes if not set(axis.rungs[0].params) <= set(EXPERIMENTS))
+        return problem or self.axes
+
+    @property
     def measured(self) -> pd.DataFrame:
         """The measured cells."""
         return self.cells[self.cells["status"] == "measured"]
+
+    @property
+    def undisturbed(self) -> pd.DataFrame:
+        """The cells, measured or not, in which no part of a step is taken out and no load put beside it."""
+        return self.cells[is_whole(self.cells)]
+
+    @property
+    def whole(self) -> pd.DataFrame:
+        """The measured ones of them: what ranges, curves and speed-ups are made of."""
+        return self.measured[is_whole(self.measured)]
 
     @property
     def title(self) -> str:
@@ -81,7 +97,7 @@ class Results:
 
     def labels(self, cell: Mapping[str, Any] | pd.Series) -> str:
         """A cell by its labels: "data=64 model=w16"."""
-        return words({axis.name: cell[f"label_{axis.name}"] for axis in self.axes})
+        return words({axis.name: cell[f"label_{axis.name}"] for axis in self.problem_axes})
 
 
 def read(path: Path) -> Results:

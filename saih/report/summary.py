@@ -132,7 +132,7 @@ def _ceilings(results: Results) -> list[Allocation]:
 
 def _allocations(results: Results) -> list[Allocation]:
     """The ranges on the fewest and, where they vary, on the most ranks."""
-    cells = results.measured
+    cells = results.whole
     counted = sorted(cells["ranks"].unique())
     ends = counted if len(counted) < 2 else [counted[0], counted[-1]]
     found = [
@@ -157,7 +157,7 @@ def _ranges(results: Results, cells: pd.DataFrame) -> list[Range]:
 
 
 def _is_known(results: Results, column: str) -> bool:
-    return bool(results.measured[column].notna().any())
+    return bool(results.whole[column].notna().any())
 
 
 def _caveats(results: Results) -> list[str]:

@@ -66,12 +66,12 @@ def counts(results: Results) -> dict[str, int]:
 
 def heat_maps(results: Results) -> tuple[list[HeatMap], str]:
     """A map for each combination of the further axes; and how many combinations are left out."""
-    plan = layout(results.axes)
+    plan = layout(results.problem_axes)
     column = main_percentage(results)
     if column is None:
         return [], ""
-    top = float(results.measured[column].max())
-    combinations = list(plan.split(results.cells))
+    top = float(results.whole[column].max())
+    combinations = list(plan.split(results.undisturbed))
     maps = [
         _heat_map(words(labels), group, plan.across, plan.lines, column, top)
         for labels, group in combinations[:MOST_GROUPS]
@@ -81,7 +81,7 @@ def heat_maps(results: Results) -> tuple[list[HeatMap], str]:
 
 def main_percentage(results: Results) -> str | None:
     """% of the measured ceiling where there is one, else of the stated peak, else None."""
-    return next((name for name in PERCENTAGES if results.measured[name].notna().any()), None)
+    return next((name for name in PERCENTAGES if results.whole[name].notna().any()), None)
 
 
 def cell_rows(results: Results) -> list[dict[str, Any]]:
