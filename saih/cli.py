@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saih.core import Sweep
     from saih.jobs import SweepFolder
     from saih.plan import Plan
+    from saih.probe import Part
     from saih.site import Site
 
 WATCH_S = 10.0
@@ -173,9 +174,10 @@ def probe(options: argparse.Namespace) -> int:
 
     site = _site(options.site)
     _check_folders()
-    path, results = _probe(site, options)
+    path, parts = _probe(site, options)
     print(f"ceilings {path}")
-    print(f"report   {page.write(results, REPORTS / f'{results.stem}.html')}")
+    for name, results in parts.items():
+        print(f"report   {page.write(results, REPORTS / f'{results.stem}.html')} ({name})")
     return 0
 
 
@@ -342,8 +344,22 @@ def _dry_run(plan: Plan) -> int:
     return 0
 
 
-def _probe(site: Site, options: argparse.Namespace) -> tuple[Path, Path]:
-    """Sweep the ceilings workload; (ceilings file, results file)."""
+def _probe(site: Site, options: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
+    """Sweep the ceilings workload, part by part; the ceilings file, and each part's results file."""
+    from saih import probe as probing
+    from saih.analysis.ceilings import merged
+
+    found, sources = [], {}
+    for name, part in probing.parts(site).items():
+        sources[name], ceilings = _probe_part(part, site, options)
+        found += [ceilings] if ceilings else []
+    if not found:
+        raise SaihError(f"no ceiling could be measured on site {site.name}; see: saih report {sources['kernels']}")
+    return probing.save(RESULTS, site, merged(found), list(sources.values())), sources
+
+
+def _probe_part(part: Part, site: Site, options: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
+    """Results file and ceilings of one part; no ceilings where nothing could be measured."""
     from saih import probe as probing
     from saih import store
     from saih import sweep as language
@@ -352,11 +368,11 @@ def _probe(site: Site, options: argparse.Namespace) -> tuple[Path, Path]:
 
     asked = language.make_sweep(
         probing.WORKLOAD,
-        probing.AXES,
-        probing.SETTINGS,
+        part.axes,
+        part.settings,
         repeat=probing.REPEAT,
         site=site.name,
-        time_budget_s=probing.TIME_BUDGET_S,
+        time_budget_s=part.time_budget_s,
     )
     plan = _plan(asked, site, None, fresh=True)
     folder = _drive(plan, options, None, ["saih", "probe", "--site", site.name])
@@ -364,9 +380,8 @@ def _probe(site: Site, options: argparse.Namespace) -> tuple[Path, Path]:
     points, samples = store.load(results), store.load_samples(results)
     table = cells.per_cell(points, cells.job_steps(points, samples), points.attrs["sweep"])
     if not (table["status"] == "measured").any():
-        raise SaihError(f"no ceiling could be measured on site {site.name}; see: saih report {results}")
-    ceilings = find_ceilings(table, points.attrs["environments"][0])
-    return probing.save(RESULTS, site, ceilings, results), results
+        return results, None
+    return results, find_ceilings(table, points.attrs["environments"][0])
 
 
 def _ceilings(site: Site, options: argparse.Namespace) -> dict[str, Any] | None:

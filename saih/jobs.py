@@ -299,6 +299,7 @@ def _planned(item: Forecast) -> dict[str, Any]:
             "input_bytes": cost.input_bytes,
             "message_bytes": cost.message_bytes,
             "disk_bytes": cost.disk_bytes,
+            "operations": len(cost.operations),
         },
     }
 

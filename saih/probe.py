@@ -1,21 +1,55 @@
-"""The ceilings of a site: swept once by the `ceilings` workload, kept with the results, refused for other machines."""
+"""The ceilings of a site: the `ceilings` workload swept part by part, kept with the results, refused elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from saih.analysis.ceilings import mismatch
+from saih.core import Value
 from saih.errors import SaihError
 from saih.files import read_json, write_json
 from saih.site import Site, cpu_name, find_gpus
 
 WORKLOAD = "ceilings"
-AXES: dict[str, list[bool | int | float | str] | None] = {"kernel": None, "size": None, "precision": None}
-SETTINGS = {"seconds": 0.1, "steps": 3, "max_steps": 20}
 REPEAT = 3
-TIME_BUDGET_S = 30.0
+MESSAGES = tuple(2**power for power in (3, 10, 16, 20, 22, 24, 26))
+DENSE = ("gemm", "conv3d", "copy", "triad")
+Axes = Mapping[str, Sequence[Value] | None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One grid of the ceilings workload, with results and a page of its own."""
+
+    axes: Axes
+    settings: Mapping[str, Value]
+    time_budget_s: float
+
+
+def parts(site: Site) -> dict[str, Part]:
+    """What is swept on a site: host links where devices have one, collectives where there are several ranks."""
+    quick: dict[str, Value] = {"seconds": 0.1, "steps": 3, "max_steps": 20}
+    found = {"kernels": Part({"kernel": DENSE, "size": None, "precision": None}, quick, 40.0)}
+    if site.device == "cuda":
+        axes: Axes = {"kernel": ("upload", "download"), "pinned": (False, True), "size": (1024, 4096, 8192)}
+        found["host link"] = Part(axes, quick, 30.0)
+    if site.nodes * site.gpus_per_node > 1:
+        ranks, most = ("gpus", site.gpus_per_node) if site.gpus_per_node > 1 else ("nodes", site.nodes)
+        pair: dict[str, Value] = {ranks: 2}
+        rest: dict[str, Value] = {} if ranks == "gpus" else {"gpus": 1}
+        powers = [2**power for power in range(1, most.bit_length())]
+        axes = {"kernel": ("allreduce",), "message_bytes": MESSAGES, ranks: powers}
+        found["collectives"] = Part(axes, quick | rest, 60.0)
+        axes = {"kernel": ("pingpong",), "message_bytes": MESSAGES}
+        found["point to point"] = Part(axes, quick | rest | pair, 30.0)
+    axes = {"kernel": ("read", "write"), "pattern": None, "cache": None}
+    found["storage"] = Part(axes, {"seconds": 0.2, "steps": 3, "warmup": 1, "max_steps": 20}, 60.0)
+    found["launch and open"] = Part({"kernel": ("open", "launch")}, quick, 30.0)
+    return found
 
 
 def path_of(results: Path, site: Site) -> Path:
@@ -23,10 +57,10 @@ def path_of(results: Path, site: Site) -> Path:
     return results / f"ceilings-{site.name}.json"
 
 
-def save(results: Path, site: Site, ceilings: dict[str, Any], source: Path) -> Path:
-    """Keep the ceilings, with the results file they come from."""
+def save(results: Path, site: Site, ceilings: dict[str, Any], sources: Sequence[Path]) -> Path:
+    """Keep the ceilings, with the results files they come from."""
     path = path_of(results, site)
-    write_json(path, ceilings | {"site": site.name, "results": source.name})
+    write_json(path, ceilings | {"site": site.name, "results": [source.name for source in sources]})
     return path
 
 

@@ -36,6 +36,8 @@ class Peak(BaseModel):
 
     flop_per_s: Mapping[str, Positive] = Field(default_factory=dict)
     memory_bytes_per_s: Positive | None = None
+    host_link_bytes_per_s: Positive | None = None
+    """One way, between the host's memory and the device's."""
     source: str = ""
 
 

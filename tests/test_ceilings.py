@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pandas as pd
@@ -10,17 +11,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from saih import probe, workload
-from saih.analysis.ceilings import find_ceilings, mismatch
+from saih.analysis.ceilings import find_ceilings, mismatch, unit
 from saih.core import Context, Place, Point, Value
 from saih.errors import SaihError
+from saih.sweep import make_sweep, points
 from saih.timing import StepClock, run_steps
 from tests.sites import cpu_site
-from workloads.ceilings import bench, spec
-from workloads.ceilings.collectives import AllReduce
+from workloads.ceilings import bench, files, spec
+from workloads.ceilings.collectives import AllReduce, PingPong
 
 DEFAULTS = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
 HERE = Context(Place(0, 0, 1), "cpu", "unused")
-KERNELS = [(kernel, precision) for kernel in ("gemm", "conv3d", "copy") for precision in ("fp32", "bf16")]
+KERNELS = [(kernel, precision) for kernel in ("gemm", "conv3d", "copy", "triad") for precision in ("fp32", "bf16")]
 
 
 def ceiling(**changes: Value) -> bench.Ceiling:
@@ -56,12 +58,149 @@ def test_a_kernel_that_computes_something_else_fails(
     assert not ready.check().passed
 
 
-@pytest.mark.parametrize("kernel", ["gemm", "copy"])
+@pytest.mark.parametrize("kernel", ["gemm", "copy", "triad"])
 def test_a_kernel_that_writes_nothing_fails(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = ceiling(kernel=kernel)
     ready.kernel.call()
     monkeypatch.setattr(ready.kernel, "call", lambda: None)
     assert not ready.check().passed
+
+
+FILE_KERNELS = [
+    (kernel, pattern, cache)
+    for kernel in spec.FILES
+    for pattern in ("sequential", "random")
+    for cache in ("cold", "warm", "direct")
+]
+
+
+def on_files(folder: Path, **changes: Value) -> bench.Ceiling:
+    """A ceiling with files in `folder`, which must be on a disk: not all file systems can do all of this."""
+    settings = DEFAULTS | {"file_bytes": 2**22} | changes
+    return bench.setup(Point("ceilings", settings), Context(Place(0, 0, 1), "cpu", str(folder)))
+
+
+@pytest.mark.parametrize(("kernel", "pattern", "cache"), FILE_KERNELS)
+def test_files_are_moved_whole_and_left_nowhere(kernel: str, pattern: str, cache: str, tmp_path: Path) -> None:
+    ready = on_files(tmp_path, kernel=kernel, pattern=pattern, cache=cache)
+    check = ready.check()
+    assert check.passed, check.why
+    before = files._storage_bytes()
+    samples = run_steps(ready, StepClock("cpu"), 2)
+    moved = spec.transferred_bytes(DEFAULTS | {"file_bytes": 2**22, "pattern": pattern})
+    assert {work.moved_bytes for work in samples.work} == {float(moved)}
+    fetched = files._storage_bytes() - before
+    if kernel == "read":
+        assert (fetched >= 2 * moved) == (cache != "warm"), "only a warm file is in memory"
+    ready.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_that_are_not_what_was_written_fail(tmp_path: Path) -> None:
+    ready = on_files(tmp_path, kernel="read", cache="warm")
+    with open(ready.kernel.path, "r+b") as file:  # type: ignore[attr-defined]
+        file.seek(2**21)
+        file.write(b"other")
+    assert not ready.check().passed
+    ready = on_files(tmp_path, kernel="write", cache="warm")
+    ready.kernel.call = lambda: None  # type: ignore[method-assign]
+    assert not ready.check().passed
+
+
+@pytest.mark.parametrize("kernel", ["open", "launch"])
+def test_small_things_are_counted(kernel: str, tmp_path: Path) -> None:
+    ready = on_files(tmp_path, kernel=kernel)
+    assert ready.check().passed
+    (work,) = run_steps(ready, StepClock("cpu"), 1).work
+    assert work.units == {"open": spec.OPENED_FILES, "launch": spec.LAUNCHES}[kernel]
+    ready.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_host_link_wants_a_gpu() -> None:
+    with pytest.raises(SaihError, match="kernel=upload copies between a host and a GPU; this job has none"):
+        ceiling(kernel="upload")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"kernel": "pingpong"}, "several ranks: --set gpus=2"),
+        ({"kernel": "pingpong", "gpus": 4}, "between two ranks, not 4"),
+        ({"kernel": "pingpong", "gpus": 2, "transport": "mpi"}, "goes over torch"),
+        ({"kernel": "read", "precision": "bf16"}, "read has no precision"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Value], told: str) -> None:
+    with pytest.raises(SaihError, match=told):
+        spec.cost(DEFAULTS | changes)
+
+
+def _ping(rank: int, port: int) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    context = Context(Place(rank, rank, 2), "cpu", "unused")
+    ready = bench.setup(Point("ceilings", DEFAULTS | {"kernel": "pingpong", "gpus": 2, "message_bytes": 64}), context)
+    assert ready.check().passed
+    run_steps(ready, StepClock("cpu"), 2)
+    kernel = ready.kernel
+    assert isinstance(kernel, PingPong)
+    kernel.call = lambda: None  # type: ignore[method-assign]
+    assert ready.check().passed == (rank == 0), "rank 1 gets nothing"
+    torch.distributed.destroy_process_group()
+
+
+def test_a_ping_pong_comes_back_as_it_went() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_ping, (port,), nprocs=2)
+
+
+def test_rates_have_names_units_and_no_time_before_the_call() -> None:
+    rows = [
+        ("triad", 1e9, 1.0, 0.1, 0.0),
+        ("read", 1e8, 1.0, 0.5, 0.5),  # half of it is making the file cold
+        ("open", 1e6, 256.0, 0.01, 0.0),
+        ("launch", 8e3, 1000.0, 0.002, 0.0),
+        ("pingpong", 16.0, 1.0, 2e-5, 0.0),
+        ("pingpong", 2e6, 1.0, 1e-3, 0.0),
+    ]
+    table = pd.DataFrame(rows, columns=["param_kernel", "moved_bytes", "units", "step_s", "share_other"])
+    table = table.assign(status="measured", flop=0.0, precision="fp32", param_pattern="random", param_cache="cold")
+    table["param_message_bytes"] = table["moved_bytes"] / 2
+    table = table.assign(step_s_low=table["step_s"] / 2, step_s_high=table["step_s"] * 2)
+    found = find_ceilings(table, {})
+    assert found["rates"] == pytest.approx(
+        {
+            "triad": 1e10,
+            "read-random-cold": 4e8,
+            "opens_per_s": 25600,
+            "launch_s": 2e-6,
+            "pingpong": 2e9,
+            "pingpong_s": 1e-5,
+        }
+    )
+    assert found["intervals"]["launch_s"] == pytest.approx([1e-6, 4e-6])
+    units = {"triad": "B/s", "read-random-cold": "B/s", "opens_per_s": "/s", "launch_s": "s", "fp32": "FLOP/s"}
+    assert {name: unit(name) for name in units} == units
+
+
+def test_a_site_is_probed_for_what_it_has() -> None:
+    site = cpu_site()
+    assert "host link" not in probe.parts(site)
+    assert set(probe.parts(site.model_copy(update={"gpus_per_node": 1, "nodes": 1}))) == {
+        "kernels",
+        "storage",
+        "launch and open",
+    }
+    clustered = probe.parts(site.model_copy(update={"gpus_per_node": 1, "nodes": 4}))
+    assert clustered["collectives"].axes["nodes"] == [2, 4]
+    assert clustered["point to point"].settings["nodes"] == 2
+    assert "host link" in probe.parts(site.model_copy(update={"device": "cuda"}))
+    for part in clustered.values():
+        asked = make_sweep(probe.WORKLOAD, part.axes, part.settings)
+        for point in points(asked, {}):
+            assert spec.cost(point.params).operations
 
 
 def cells() -> pd.DataFrame:
@@ -99,6 +238,7 @@ def test_the_largest_all_reduce_of_each_transport_counts() -> None:
     table = table.assign(
         param_kernel="allreduce", precision="fp32", flop=0.0, moved_bytes=1.0, ranks=2, status="measured"
     )
+    table = table.assign(step_s_low=table["step_s"], step_s_high=table["step_s"])
     found = find_ceilings(table, {})
     assert found["rates"] == pytest.approx({"allreduce-torch": 1e9, "allreduce-mpi": 2e9})
     assert found["sources"]["allreduce-mpi"] == "1 MB on 2 ranks"
@@ -152,12 +292,12 @@ def test_ceilings_of_another_machine_are_not_used(tmp_path: Path, monkeypatch: p
     assert probe.load(tmp_path, site) == (None, f"site {site.name} has not been probed")
     monkeypatch.setattr(probe, "cpu_name", lambda: "P")
     machine = {"processor": "P", "gpu": "", "torch": torch.__version__, "threads": site.threads_per_rank}
-    probe.save(tmp_path, site, {"rates": {"fp32": 1.0}, "sources": {}, "machine": machine}, tmp_path / "x.h5")
+    probe.save(tmp_path, site, {"rates": {"fp32": 1.0}, "sources": {}, "machine": machine}, [tmp_path / "x.h5"])
     ceilings, why = probe.load(tmp_path, site)
     assert ceilings is not None, why
-    assert ceilings["results"] == "x.h5"
+    assert ceilings["results"] == ["x.h5"]
     for changed in ({"processor": "Q"}, {"torch": "1.0"}, {"threads": 64}):
-        probe.save(tmp_path, site, {"rates": {}, "sources": {}, "machine": machine | changed}, tmp_path / "x.h5")
+        probe.save(tmp_path, site, {"rates": {}, "sources": {}, "machine": machine | changed}, [tmp_path / "x.h5"])
         ceilings, why = probe.load(tmp_path, site)
         assert ceilings is None
         assert next(iter(changed)) in why

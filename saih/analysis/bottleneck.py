@@ -2,7 +2,8 @@
 
 A part's share of the step is what the step loses when the part is taken out (axis `ablation`); where that experiment
 was not made, what the clock saw. Shares are taken repeat by repeat, with Student's t; a verdict is certain where the
-largest is larger than the next in that sense. Computing is then split by the roofline (Williams et al., 2009).
+largest is larger than the next in that sense. Computing is then split by the roofline (Williams et al., 2009), by the
+measured latency of a launch and by how its time grows with its work; input by where the bytes came from.
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ from saih.core import PARTS, WHOLE
 STRAGGLER = "straggler"
 TIMED = ("input", "transfer", "compute", "communication", "other", STRAGGLER)
 """Parts of a step, as the clocks of all ranks tell them; they add up to the step."""
+BOTTLENECKS = ("storage", *TIMED, "FLOP", "memory", "launch")
+"""All verdicts: `storage` is input fetched from there; `compute` is told apart wherever ceilings are known."""
 FLAT = 0.5
-"""Time that grows with FLOP to less than this power is mostly not spent on them: launches, small kernels."""
+"""Time that grows with the work to less than this power is mostly not spent on it, but on launches."""
 EMPTY = 0.25
-"""Below this share of the roofline, time does not go to what kernels do, unless larger cells say otherwise."""
+"""Below this share of every ceiling, time does not go to what kernels do, unless larger cells say otherwise."""
+CLEAR = 1.25
+"""One resource accounts for this many times the time of another: which one binds is clear."""
+CACHED_SHARE = 0.05
+"""Where less than this of the bytes read came from storage, memory had them already: a cached epoch."""
+ALWAYS = 0.75
+"""A straggler is the slowest rank in this share of the steps; otherwise ranks take turns."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,18 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Slowest:
+    """The rank that is busy longest most often."""
+
+    rank: int
+    host: str
+    of_steps: float
+    """Share of the timed steps in which it is."""
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What holds a cell back: one of TIMED, computing as `FLOP`, `memory` or `launch`; how sure, and why."""
+    """What holds a cell back: one of BOTTLENECKS; how sure, and why."""
 
     cell: str
     bottleneck: str
@@ -52,23 +71,42 @@ class Verdict:
     """TIMED part -> share, largest first."""
     evidence: str
     """The experiment or the measurement it rests on, in words with its numbers."""
+    from_storage: float
+    """Share of the bytes read that storage delivered; NaN where nothing is read, or nobody counted."""
+    slowest: Slowest | None
+    """None with one rank."""
 
 
 def verdicts(
-    points: pd.DataFrame, samples: pd.DataFrame, repeats: pd.DataFrame, cells: pd.DataFrame, sweep: Mapping[str, Any]
+    points: pd.DataFrame,
+    samples: pd.DataFrame,
+    ranks: pd.DataFrame,
+    repeats: pd.DataFrame,
+    cells: pd.DataFrame,
+    sweep: Mapping[str, Any],
 ) -> list[Verdict]:
     """A verdict on every measured cell that is whole: nothing taken out of its step, no load put beside it.
 
-    `points` and `samples` as stored; `repeats` is `per_point` and `cells` is `per_cell` of the same.
+    `points`, `samples` and `ranks` as stored; `repeats` is `per_point` and `cells` is `per_cell` of the same.
     """
     timed = parts_of_step(samples)
     whole = cells[(cells["status"] == "measured") & is_whole(cells)]
-    steepness = elasticities(whole)
-    found = []
-    for cell in whole.index:
-        shares = _shares(cell, points, repeats, timed)
-        found.append(_judge(whole.loc[cell], shares, repeats, steepness.get(cell), sweep))
-    return found
+    shares = {cell: _shares(cell, points, repeats, timed) for cell in whole.index}
+    compute_s = pd.Series({cell: shares[cell]["compute"].of_step * whole.at[cell, "step_s"] for cell in whole.index})
+    demands = _demands(whole, points, sweep)
+    steepness = elasticities(whole, compute_s, demands[["FLOP", "memory"]].max(axis=1))
+    fetched, slowest = from_storage(points, ranks), slowest_ranks(points, samples, ranks)
+    return [
+        _judge(
+            cell,
+            shares[cell],
+            demands.loc[cell] / compute_s[cell] if compute_s[cell] > 0 else demands.loc[cell] * np.nan,
+            steepness.get(cell),
+            float(fetched.get(cell, np.nan)),
+            slowest.get(cell),
+        )
+        for cell in whole.index
+    ]
 
 
 def parts_of_step(samples: pd.DataFrame) -> pd.DataFrame:
@@ -77,9 +115,8 @@ def parts_of_step(samples: pd.DataFrame) -> pd.DataFrame:
     The step is that of the rank that is busy longest, which the others wait for in their communication. `straggler` is
     what it is busy longer than the (lower) median rank, whose input, transfer and compute stand for those parts.
     """
-    timed = samples[samples["warmup"] == 0]
-    busy = timed.assign(busy_s=timed["step_s"] - timed["communication_s"])
     keys = ["point", "step"]
+    busy = _busy(samples)
     slowest = busy.loc[busy.groupby(keys, sort=False)["busy_s"].idxmax()].set_index(keys)
     own = [f"{part}_s" for part in ("input", "transfer", "compute", "other")]
     typical = busy.groupby(keys, sort=False)[own].quantile(0.5, interpolation="lower")
@@ -89,25 +126,68 @@ def parts_of_step(samples: pd.DataFrame) -> pd.DataFrame:
     return table.groupby("point").median()[list(TIMED)]
 
 
-def elasticities(whole: pd.DataFrame) -> dict[str, float]:
-    """Cell -> d log time / d log FLOP towards the next larger cell along any one axis, the flattest of them.
+def slowest_ranks(points: pd.DataFrame, samples: pd.DataFrame, ranks: pd.DataFrame) -> dict[str, Slowest]:
+    """Cell -> the rank that is busy longest in most timed steps of all repeats, where there are several ranks."""
+    busy = _busy(samples)
+    slowest = busy.loc[busy.groupby(["point", "step"], sort=False)["busy_s"].idxmax(), ["point", "rank"]]
+    several = slowest[(points["ranks"].reindex(slowest["point"]) > 1).to_numpy()]
+    hosts = ranks.set_index(["point", "rank"])["host"] if len(ranks) else pd.Series(dtype=object)
+    found = {}
+    for cell, mine in several.groupby(points["cell"].reindex(several["point"]).to_numpy()):
+        rank = int(mine["rank"].mode()[0])
+        names = hosts.reindex([(point, rank) for point in mine["point"].unique()]).dropna().unique()
+        found[str(cell)] = Slowest(rank, " or ".join(map(str, names)), float((mine["rank"] == rank).mean()))
+    return found
 
-    1 where time follows FLOP, 0 where it does not depend on them. Cells without a larger neighbour have none.
+
+def from_storage(points: pd.DataFrame, ranks: pd.DataFrame) -> pd.Series:
+    """Cell -> share of the bytes read in its timed steps that storage delivered, where the kernel counts them."""
+    reads = ranks.reindex(columns=["point", "storage_read_bytes", "file_read_bytes"]).groupby("point").sum(min_count=1)
+    reads = reads.groupby(points["cell"].reindex(reads.index)).sum(min_count=1)
+    asked = reads["file_read_bytes"].where(reads["file_read_bytes"] > 0)
+    return (reads["storage_read_bytes"] / asked).clip(upper=1.0)
+
+
+def elasticities(whole: pd.DataFrame, compute_s: pd.Series, work_s: pd.Series) -> dict[str, float]:
+    """Cell -> d log compute time / d log work towards the next larger cell along any one axis, the flattest of them.
+
+    `work_s` is the time of the work at the ceilings. 1 where time follows it, 0 where it does not depend on it. Cells
+    without a larger neighbour have none.
     """
     axes = [f"label_{axis}" for axis in labels_of(whole)]
     found: dict[str, float] = {}
-    computing = whole[whole["flop"] > 0]
+    computing = whole.assign(compute_s=compute_s, work_s=work_s)
+    computing = computing[(computing["work_s"] > 0) & (computing["compute_s"] > 0)]
     for axis in axes:
         others = [name for name in axes if name != axis]
         groups = computing.groupby(others, sort=False) if others else [((), computing)]
         for _, line in groups:
-            ladder = line[line["ranks"] == line["ranks"].iloc[0]].sort_values("flop")
+            ladder = line[line["ranks"] == line["ranks"].iloc[0]].sort_values("work_s")
             for small, large in zip(ladder.index, ladder.index[1:], strict=False):
-                growth = float(np.log(ladder.at[large, "flop"] / ladder.at[small, "flop"]))
+                growth = float(np.log(ladder.at[large, "work_s"] / ladder.at[small, "work_s"]))
                 if growth > 0:
-                    slope = float(np.log(ladder.at[large, "step_s"] / ladder.at[small, "step_s"])) / growth
+                    slope = float(np.log(ladder.at[large, "compute_s"] / ladder.at[small, "compute_s"])) / growth
                     found[small] = min(slope, found.get(small, np.inf))
     return found
+
+
+def _busy(samples: pd.DataFrame) -> pd.DataFrame:
+    timed = samples[samples["warmup"] == 0]
+    return timed.assign(busy_s=timed["step_s"] - timed["communication_s"])
+
+
+def _demands(whole: pd.DataFrame, points: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
+    """Seconds that a step's FLOP, bytes and listed operations take at the measured ceilings; NaN where unknown."""
+    flop_per_s = whole["precision"].map(lambda precision: peaks(sweep, str(precision))[0]).astype(float)
+    launch_s = float(((sweep.get("ceilings") or {}).get("rates") or {}).get("launch_s") or "nan")
+    operations = points.drop_duplicates("cell").set_index("cell").get("predicted_operations", pd.Series(dtype=float))
+    return pd.DataFrame(
+        {
+            "FLOP": whole["flop"] / whole["ranks"] / flop_per_s,
+            "memory": whole["moved_bytes"] / whole["ranks"] / copy_rate(sweep),
+            "launch": operations.reindex(whole.index) * launch_s,
+        }
+    )
 
 
 def _shares(cell: str, points: pd.DataFrame, repeats: pd.DataFrame, timed: pd.DataFrame) -> dict[str, Share]:
@@ -126,7 +206,7 @@ def _ablations(cell: str, points: pd.DataFrame, repeats: pd.DataFrame) -> Iterat
     settings = [name for name in points if name.startswith("param_") and name != "param_ablation"]
     mine = points.loc[points["cell"] == cell].iloc[0]
     alike = points[(points[settings].fillna("") == mine[settings].fillna("")).all(axis=1)]
-    table = repeats.loc[repeats.index.intersection(alike.index)]
+    table = repeats.loc[repeats.index.intersection(alike.index), ["repeat", "step_s"]]
     steps = table.assign(part=alike["param_ablation"]).pivot_table(index="repeat", columns="part", values="step_s")
     for part in PARTS:
         if part in steps and WHOLE in steps:
@@ -144,33 +224,57 @@ def _share(values: np.ndarray, ablated: bool) -> Share:
 
 
 def _judge(
-    cell: pd.Series, shares: dict[str, Share], repeats: pd.DataFrame, steepness: float | None, sweep: Mapping[str, Any]
+    cell: str,
+    shares: dict[str, Share],
+    filled: pd.Series,
+    steepness: float | None,
+    fetched: float,
+    slowest: Slowest | None,
 ) -> Verdict:
     (first, largest), (_, second) = list(shares.items())[:2]
     certain = bool(largest.low > second.high)  # NaN, of a single repeat, is never certain
-    how = "taken out of the step" if largest.ablated else "timed, not ablated"
+    how = "taken out of the step" if largest.ablated else "timed, not taken out"
     evidence = f"{first} is {100 * largest.of_step:.0f} % of the step ({how})"
+    name, reason, clear = first, "", True
     if first == "compute":
-        first, reason, clear = _split_compute(cell, shares["compute"].of_step, steepness, sweep)
-        evidence, certain = f"{evidence}; {reason}", certain and clear
-    return Verdict(str(cell.name), first, certain, shares, evidence)
+        name, reason, clear = _split_compute(filled, steepness)
+    elif first == "input":
+        name, reason = _split_input(fetched)
+    elif first == STRAGGLER and slowest is not None:
+        clear = slowest.of_steps >= ALWAYS
+        reason = f"rank {slowest.rank} on {slowest.host} is the slowest in {100 * slowest.of_steps:.0f} % of the steps"
+    evidence = f"{evidence}; {reason}" if reason else evidence
+    return Verdict(cell, name, certain and clear, shares, evidence, fetched, slowest)
 
 
-def _split_compute(
-    cell: pd.Series, share: float, steepness: float | None, sweep: Mapping[str, Any]
-) -> tuple[str, str, bool]:
-    """(FLOP, memory or launch; why; whether that is clear) of the time spent computing."""
-    compute_s = share * float(cell["step_s"])
-    flop_s = float(cell["flop"]) / cell["ranks"] / peaks(sweep, str(cell["precision"]))[0]
-    bytes_s = float(cell["moved_bytes"]) / cell["ranks"] / copy_rate(sweep)
-    filled = {"FLOP": np.nan_to_num(flop_s / compute_s), "memory": np.nan_to_num(bytes_s / compute_s)}
-    bound = max(filled, key=lambda name: filled[name])
-    roofline = ", ".join(f"{100 * part:.0f} % of it at the measured {name} ceiling" for name, part in filled.items())
-    if steepness is not None and steepness < FLAT:
-        return "launch", f"its time grows as FLOP^{steepness:.2f} to the next larger cell; {roofline}", True
-    if filled[bound] < EMPTY:
-        return "launch", roofline, steepness is not None
-    return bound, roofline, filled[bound] > 1.25 * min(filled.values())
+def _split_input(fetched: float) -> tuple[str, str]:
+    """(storage or input, why): bytes that memory had already were not read from storage."""
+    if np.isnan(fetched):
+        return "input", ""
+    told = f"{100 * fetched:.0f} % of the bytes read came from storage"
+    if fetched < CACHED_SHARE:
+        return "input", f"{told}: a cached epoch"
+    return ("storage" if fetched >= 0.5 else "input"), told
+
+
+def _split_compute(filled: pd.Series, steepness: float | None) -> tuple[str, str, bool]:
+    """(FLOP, memory or launch; why; whether that is clear) of the time spent computing.
+
+    `filled` is the share of that time that FLOP, memory and launch would take at their ceilings.
+    """
+    known = filled.dropna()
+    if "FLOP" not in known and "memory" not in known:
+        return "compute", "no ceiling to tell FLOP from memory; run saih probe", False
+    ceilings = ", ".join(f"{100 * part:.0f} % of it at the measured {name} ceiling" for name, part in known.items())
+    work = known.drop("launch", errors="ignore")
+    if steepness is not None and steepness < FLAT and work.max() < 2 * EMPTY:
+        return "launch", f"its time grows as work^{steepness:.2f} to the next larger cell; {ceilings}", True
+    if known.get("launch", 0.0) > CLEAR * work.max():
+        return "launch", ceilings, known["launch"] >= EMPTY
+    if work.max() < EMPTY and steepness is None:
+        return "launch", f"{ceilings}; no larger cell to compare with", False
+    told = ceilings if steepness is None else f"{ceilings}; its time grows as work^{steepness:.2f}"
+    return str(work.idxmax()), told, bool(work.max() > CLEAR * work.min()) and len(work) == 2
 
 
 def _twice(share: float) -> float:

@@ -2,48 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 MATCHING = ("processor", "gpu", "torch", "threads")
 """Ceilings hold for a machine that equals theirs in these."""
+MEMORY, HOST_LINK, FILES, COUNTED = ("copy", "triad"), ("upload", "download"), ("read", "write"), ("open", "launch")
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """One rate: an amount over the seconds of a cell's kernel; or, of a latency, seconds over an amount."""
+
+    name: str
+    cell: pd.Series
+    amount: float
+    source: str
+
+    def value(self, step_s: str = "step_s") -> float:
+        """By the median, or by an end of the interval, `step_s_low` or `step_s_high`."""
+        seconds = float(self.cell[step_s]) * kernel_share(self.cell)
+        return float(seconds / self.amount if is_latency(self.name) else self.amount / seconds)
+
+    def interval(self) -> list[float]:
+        return sorted(self.value(end) for end in ("step_s_low", "step_s_high"))
+
+
+def kernel_share(cell: Any) -> Any:
+    """Share of a step, or of each of many, that is the kernel's: not what comes before a call, such as cold files."""
+    return 1.0 - cell.get("share_other", 0.0)
+
+
+def is_latency(name: str) -> bool:
+    """`launch_s` and `pingpong_s` are seconds; all others are something a second."""
+    return name.endswith("_s") and not name.endswith("_per_s")
+
+
+def unit(name: str) -> str:
+    """Of a rate by its name: precisions count FLOP, opens files, latencies seconds, and all the rest bytes."""
+    if is_latency(name):
+        return "s"
+    if name == "opens_per_s":
+        return "/s"
+    kinds = (*MEMORY, *HOST_LINK, *FILES, "allreduce", "pingpong")
+    return "B/s" if name.split("-")[0] in kinds else "FLOP/s"
 
 
 def find_ceilings(cells: pd.DataFrame, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Best sustained FLOP/s of a device for each precision, over kernels and sizes; bytes/s of the largest copy.
+    """Best sustained FLOP/s of a device for each precision, over kernels and sizes; and of all else the largest case.
 
-    The largest copy counts, not the fastest: smaller ones fit into a cache. Where all-reduces were measured, bytes/s of
-    the largest message over each transport: what a rank contributes, over the time of the whole collective.
+    The largest copy or triad counts, not the fastest: smaller ones fit into a cache. `allreduce-<transport>`: what a
+    rank contributes, over the time of the whole collective, largest message, most ranks. `pingpong`: bytes/s one way;
+    `pingpong_s`: one way of the smallest message. `read-cold`, `write-random-direct` and so on: bytes/s of one process
+    that waits for each block. `opens_per_s`: small files. `launch_s`: seconds of a kernel that does nothing.
     """
     measured = cells[cells["status"] == "measured"]
-    rates: dict[str, float] = {}
-    sources: dict[str, str] = {}
-    intervals: dict[str, list[float]] = {}
-    for precision, group in measured[measured["flop"] > 0].groupby("precision"):
-        best = group.loc[(group["flop"] / group["step_s"]).idxmax()]
-        rates[str(precision)] = float(best["flop"] / best["step_s"])
-        intervals[str(precision)] = [float(best["flop"] / best[end]) for end in ("step_s_high", "step_s_low")]
-        sources[str(precision)] = f"{best['param_kernel']} of size {best['param_size']:g}"
-    copies = measured[measured["param_kernel"] == "copy"]
-    if not copies.empty:
-        largest = copies.loc[(copies["moved_bytes"]).idxmax()]
-        rates["copy"] = float(largest["moved_bytes"] / largest["step_s"])
-        sources["copy"] = f"copy of {largest['moved_bytes'] / 2e6:.0f} MB"
-    reductions = measured[measured["param_kernel"] == "allreduce"]
-    if not reductions.empty:
-        for transport, group in reductions.groupby("param_transport"):
-            largest = group.loc[group["param_message_bytes"].idxmax()]
-            message, name = float(largest["param_message_bytes"]), f"allreduce-{transport}"
-            rates[name] = message / float(largest["step_s"])
-            sources[name] = f"{message / 1e6:.3g} MB on {largest['ranks']:g} ranks"
+    found = list(_all(measured))
     return {
-        "rates": rates,
-        "intervals": intervals,
-        "sources": sources,
+        "rates": {each.name: each.value() for each in found},
+        "intervals": {each.name: each.interval() for each in found},
+        "sources": {each.name: each.source for each in found},
         "machine": {key: environment.get(key) for key in MATCHING},
     }
+
+
+def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The ceilings of several sweeps of one machine."""
+    together: dict[str, Any] = {"machine": parts[0]["machine"]}
+    for key in ("rates", "intervals", "sources"):
+        together[key] = {name: value for part in parts for name, value in part[key].items()}
+    return together
+
+
+def _all(measured: pd.DataFrame) -> Iterator[Ceiling]:
+    for precision, group in measured[measured["flop"] > 0].groupby("precision"):
+        best = group.loc[(group["flop"] / group["step_s"]).idxmax()]
+        yield Ceiling(str(precision), best, best["flop"], f"{best['param_kernel']} of size {best['param_size']:g}")
+    for kernel, group in measured.groupby("param_kernel"):
+        yield from _of_kernel(str(kernel), group)
+
+
+def _of_kernel(kernel: str, group: pd.DataFrame) -> Iterator[Ceiling]:
+    if kernel in MEMORY:
+        largest = group.loc[group["moved_bytes"].idxmax()]
+        arrays = 2 if kernel == "copy" else 3
+        source = f"{kernel} of {largest['moved_bytes'] / arrays / 1e6:.0f} MB"
+        yield Ceiling(kernel, largest, largest["moved_bytes"], source)
+    elif kernel in HOST_LINK:
+        for pinned, same in group.groupby("param_pinned"):
+            largest = same.loc[same["moved_bytes"].idxmax()]
+            source = f"{largest['moved_bytes'] / 1e6:.0f} MB of {'page-locked' if pinned else 'pageable'} memory"
+            yield Ceiling(f"{kernel}-pinned" if pinned else kernel, largest, largest["moved_bytes"], source)
+    elif kernel == "allreduce":
+        for transport, same in group.groupby("param_transport"):
+            largest = same.sort_values(["param_message_bytes", "ranks"]).iloc[-1]
+            message = float(largest["param_message_bytes"])
+            yield Ceiling(f"allreduce-{transport}", largest, message, _message(message, largest["ranks"]))
+    elif kernel == "pingpong":
+        smallest, *_, largest = (cell for _, cell in group.sort_values("param_message_bytes").iterrows())
+        for name, cell, amount in (("pingpong", largest, largest["moved_bytes"]), ("pingpong_s", smallest, 2.0)):
+            yield Ceiling(name, cell, amount, _message(float(cell["param_message_bytes"]), 2))
+    elif kernel in FILES:
+        for (pattern, cache), same in group.groupby(["param_pattern", "param_cache"]):
+            cell = same.loc[same["moved_bytes"].idxmax()]
+            name = "-".join([kernel, *(["random"] if pattern == "random" else []), str(cache)])
+            source = f"{cell['moved_bytes'] / 1e6:.3g} MB in blocks of {'4 KiB' if pattern == 'random' else '1 MiB'}"
+            yield Ceiling(name, cell, cell["moved_bytes"], source)
+    elif kernel in COUNTED:
+        cell = group.iloc[0]
+        name, source = ("opens_per_s", "files of 4 KiB") if kernel == "open" else ("launch_s", "kernels of one number")
+        yield Ceiling(name, cell, cell["units"], f"{cell['units']:g} {source}")
+
+
+def _message(message_bytes: float, ranks: float) -> str:
+    return f"{message_bytes / 1e6:.3g} MB on {ranks:g} ranks"
 
 
 def mismatch(ceilings: Mapping[str, Any], environment: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from saih.analysis.cells import labels_of
+from saih.report import bottlenecks
 from saih.report.results import STATISTICS, Results
 
 PART_BYTES = 1_300_000
@@ -35,8 +36,13 @@ def downloads(results: Results) -> list[Download]:
     return [
         _download(f"{stem}.cells", "one row a cell: medians, intervals, rates, phases", _cells(results)),
         _download(f"{stem}.points", "one row a point: parameters, predictions, status", points),
+        _download(f"{stem}.verdicts", "one row a cell: bottleneck, evidence, shares, gains", _verdicts(results)),
         _download(f"{stem}.samples", "one row a rank and step: seconds in each phase", results.samples),
     ]
+
+
+def _verdicts(results: Results) -> pd.DataFrame:
+    return bottlenecks.table(results, bottlenecks.judged(results))
 
 
 def _cells(results: Results) -> pd.DataFrame:

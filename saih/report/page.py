@@ -11,9 +11,11 @@ from markupsafe import Markup
 
 from saih import __version__
 from saih.analysis import numbers
+from saih.analysis.bottleneck import TIMED
+from saih.analysis.ceilings import unit
 from saih.analysis.scaling import scaling
 from saih.files import write_atomic
-from saih.report import asked, curves, tables, trade
+from saih.report import asked, bottlenecks, curves, tables, trade
 from saih.report.downloads import downloads
 from saih.report.figures import draw
 from saih.report.grid import layout
@@ -79,6 +81,7 @@ def _content(results: Results) -> dict[str, Any]:
         "checks": checks,
         "check_rows": check_rows,
         "rates": _rates(results) if probing else None,
+        "bottlenecks": None if probing else _bottlenecks(results),
         "scaling": _scaling(results),
         "trade": trade.section(results),
         "cells": tables.cell_rows(results),
@@ -94,10 +97,21 @@ def _rates(results: Results) -> dict[str, Any]:
     found = chosen_ceilings(results)
     intervals = ceiling_intervals(found)
     chosen = [
-        (name, numbers.si(rate, "B/s" if name == "copy" else "FLOP/s"), intervals.get(name, ""), found["sources"][name])
+        (name, numbers.si(rate, unit(name)), intervals.get(name, ""), found["sources"][name])
         for name, rate in found["rates"].items()
     ]
     return {"chosen": chosen, "group": curves.rate_curves(results), "rows": tables.rate_rows(results)}
+
+
+def _bottlenecks(results: Results) -> dict[str, Any] | None:
+    """Verdicts and what they rest on, or None where nothing was measured."""
+    found = bottlenecks.judged(results)
+    maps, left = bottlenecks.maps(results, found)
+    slopes = bottlenecks.slopes(results)
+    if not found and not slopes:
+        return None
+    rows = bottlenecks.rows(results, found)
+    return {"rows": rows, "maps": maps, "left": left, "slopes": slopes, "total": len(found), "parts": TIMED}
 
 
 def _scaling(results: Results) -> dict[str, Any] | None:

@@ -42,6 +42,8 @@ class Results:
     claims: list[dict[str, Any]]
     by_point: pd.DataFrame
     """`per_point`: one row a repeat of a measured cell."""
+    ranks: pd.DataFrame
+    """One row a rank of a measured point, as stored."""
 
     @property
     def sweep(self) -> Mapping[str, Any]:
@@ -111,7 +113,7 @@ def read(path: Path) -> Results:
     cells = per_cell(points, steps, sweep)
     cells = cells.assign(**{name: np.nan for name in ("ranks", *STATISTICS) if name not in cells})
     cells = _with_resources(cells, points, steps, ranks)
-    return Results(path, points, samples, cells, spec, claims, measured)
+    return Results(path, points, samples, cells, spec, claims, measured, ranks)
 
 
 def _spec(name: str) -> Spec | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from saih.analysis import numbers
-from saih.analysis.ceilings import find_ceilings
+from saih.analysis.ceilings import find_ceilings, unit
 from saih.analysis.cells import copy_rate, memory_bound, peaks
 from saih.probe import WORKLOAD as CEILINGS
 from saih.report.results import PERCENTAGES, Results
@@ -106,16 +106,25 @@ def ceiling_intervals(ceilings: Mapping[str, Any] | None) -> dict[str, str]:
     """The 95 % interval of each ceiling that has one."""
     found = (ceilings or {}).get("intervals") or {}
     known = {name: ends for name, ends in found.items() if ends}
-    return {name: numbers.span(low, high, _unit(name)) for name, (low, high) in known.items()}
-
-
-def _unit(ceiling: str) -> str:
-    return "B/s" if ceiling == "copy" or ceiling.startswith("allreduce") else "FLOP/s"
+    return {name: numbers.span(low, high, unit(name)) for name, (low, high) in known.items()}
 
 
 def _what(ceiling: str) -> str:
-    kind, _, transport = ceiling.partition("-")
-    return {"copy": "memory copy", "allreduce": f"all-reduce over {transport}"}.get(kind, f"sustained in {ceiling}")
+    kind, _, which = ceiling.partition("-")
+    words = {
+        "copy": "memory copy",
+        "triad": "memory triad",
+        "upload": "host to device",
+        "download": "device to host",
+        "allreduce": f"all-reduce over {which}",
+        "pingpong": "between two ranks",
+        "pingpong_s": "from rank to rank",
+        "read": f"read ({which.replace('-', ', ')})",
+        "write": f"written ({which.replace('-', ', ')})",
+        "opens_per_s": "files opened, read and closed",
+        "launch_s": "a kernel launch",
+    }
+    return words.get(kind, f"sustained in {ceiling}") + (", page-locked" if which == "pinned" else "")
 
 
 def _ceilings(results: Results) -> list[Allocation]:
@@ -124,7 +133,7 @@ def _ceilings(results: Results) -> list[Allocation]:
     intervals = ceiling_intervals(found)
     ranges = []
     for name, rate in found["rates"].items():
-        figure, source = numbers.si(rate, _unit(name)), found["sources"][name]
+        figure, source = numbers.si(rate, unit(name)), found["sources"][name]
         certainty = f"95 % interval {intervals[name]}" if name in intervals else ""
         ranges.append(Range(figure, figure, _what(name), source, source, certainty))
     return [Allocation("", ranges)] if ranges else []

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from saih.analysis import numbers
+from saih.analysis.ceilings import COUNTED, HOST_LINK, MEMORY, kernel_share
 from saih.core import PHASES, Axis
 from saih.report.grid import MOST_GROUPS, layout, left_out, spread, words
 from saih.report.results import PERCENTAGES, STATUSES, Results
@@ -120,19 +121,36 @@ def rate_rows(results: Results) -> list[dict[str, Any]]:
     """Sustained rates of the ceilings workload, one row a cell."""
     rows = []
     for cell in _records(results.measured.head(MOST_ROWS)):
-        moves = cell["flop"] == 0
-        amount = cell["moved_bytes"] if moves else cell["flop"]
+        kind, unit = _what_counts(cell)
+        amount = cell[kind] / kernel_share(cell)
         low, high = amount / cell["step_s_high"], amount / cell["step_s_low"]
-        unit = "B/s" if moves else "FLOP/s"
         rows.append(
             {
                 "labels": _labels(results.axes, cell),
                 "rate": numbers.si(amount / cell["step_s"], unit),
                 "interval": numbers.span(low, high, unit),
-                "sheet": numbers.three(cell["percent_of_datasheet"]),
+                "sheet": numbers.three(_percent_of_sheet(results, cell, amount / cell["step_s"])),
             }
         )
     return rows
+
+
+def _what_counts(cell: Mapping[str, Any]) -> tuple[str, str]:
+    """The column a kernel's rate is made of, and the rate's unit."""
+    if cell.get("param_kernel") in COUNTED:
+        return "units", "/s"
+    return ("flop", "FLOP/s") if cell["flop"] else ("moved_bytes", "B/s")
+
+
+def _percent_of_sheet(results: Results, cell: Mapping[str, Any], rate: float) -> float:
+    """Of what the part's maker promises for what this kernel uses: arithmetic, memory, or the link to the host."""
+    peak = results.sweep["site"]["peak"]
+    kernel = cell.get("param_kernel")
+    if kernel in MEMORY:
+        return 100 * rate / float(peak["memory_bytes_per_s"] or "nan")
+    if kernel in HOST_LINK:
+        return 100 * rate / float(peak.get("host_link_bytes_per_s") or "nan")
+    return float(cell["percent_of_datasheet"])
 
 
 def scaling_rows(axes: Sequence[Axis], scaled: pd.DataFrame) -> list[dict[str, Any]]:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from saih.core import Check, Clock, Context, Point, Work
+from saih.errors import SaihError
 from workloads.ceilings import spec
-from workloads.ceilings.collectives import all_reduce
+from workloads.ceilings.collectives import PingPong, all_reduce
+from workloads.ceilings.files import Opens, Read, Write
+from workloads.ceilings.kernels import Conv3d, Copy, Gemm, HostLink, Launches, Triad
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest |result - float64| / |float64|, as norms over what is compared."""
-COMPARED = 64
 
 
 class Kernel(Protocol):
-    """One kernel with its operands."""
+    """One kernel with its operands. It may have `prepare()`, which comes before each call, and `close()`."""
 
     phase: str
     """What its time counts as."""
@@ -31,25 +34,50 @@ class Kernel(Protocol):
 
 
 def setup(point: Point, context: Context) -> Ceiling:
-    """Random operands on the device: zeros can run faster than real data."""
+    """The kernel a point names, with its operands or files."""
+    return Ceiling(point, _kernel(point, context))
+
+
+def _kernel(point: Point, context: Context) -> Kernel:
+    name, dtype = str(point.params["kernel"]), DTYPES[str(point.params["precision"])]
+    if name == "allreduce":
+        return all_reduce(point, context, dtype)
+    if name == "pingpong":
+        return PingPong.of(point, context, dtype)
+    if name == "launch":
+        return Launches(context.device)
+    folder = Path(context.data_folder, f"ceilings-{point.id}-{context.place.rank}")
+    if name == "open":
+        return Opens(folder)
+    if name in spec.FILES:
+        transfer = Read if name == "read" else Write
+        return transfer(folder.with_suffix(".bin"), point.params, point.seed)
+    return _on_the_device(name, point, context.device, dtype)
+
+
+def _on_the_device(name: str, point: Point, device: str, dtype: torch.dtype) -> Kernel:
+    """Random operands: zeros can run faster than real data. Raises SaihError for a host link where there is none."""
     generator = torch.Generator().manual_seed(point.seed)
-    dtype = DTYPES[str(point.params["precision"])]
 
     def operand(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(context.device, dtype)
+        return torch.randn(*shape, generator=generator).to(dtype)
 
-    size = int(point.params["size"])
-    kernel: Kernel
-    if point.params["kernel"] == "gemm":
-        kernel = Gemm(operand(size, size), operand(size, size))
-    elif point.params["kernel"] == "conv3d":
+    n = int(point.params["size"])
+    if name == "gemm":
+        return Gemm(operand(n, n).to(device), operand(n, n).to(device))
+    if name == "conv3d":
         width, side = spec.channels(point.params), spec.VOXELS_PER_SIDE
-        kernel = Conv3d(operand(spec.BATCH, width, side, side, side), operand(width, width, 3, 3, 3))
-    elif point.params["kernel"] == "copy":
-        kernel = Copy(operand(size, size))
-    else:
-        kernel = all_reduce(point, context, dtype)
-    return Ceiling(point, kernel)
+        volumes, weights = operand(spec.BATCH, width, side, side, side), operand(width, width, 3, 3, 3)
+        return Conv3d(volumes.to(device), weights.to(device))
+    if name == "copy":
+        return Copy(operand(n, n).to(device))
+    if name == "triad":
+        return Triad(operand(n, n).to(device), operand(n, n).to(device))
+    if not device.startswith("cuda"):
+        raise SaihError(f"kernel={name} copies between a host and a GPU; this job has none")
+    host = operand(n, n)
+    host = host.pin_memory() if point.params["pinned"] else host
+    return HostLink(host, host.to(device)) if name == "upload" else HostLink(host.to(device), host)
 
 
 class Ceiling:
@@ -59,7 +87,8 @@ class Ceiling:
         self.kernel = kernel
         self.tolerance = TOLERANCE[str(point.params["precision"])]
         cost = spec.cost(point.params)
-        self.work = Work(cost.work, cost.flop, cost.operations[0].moved_bytes)
+        self.work = Work(cost.work, cost.flop, sum(operation.moved_bytes for operation in cost.operations))
+        self.prepare = getattr(kernel, "prepare", lambda: None)
 
     def check(self) -> Check:
         error = self.kernel.error()
@@ -68,69 +97,13 @@ class Ceiling:
         )
 
     def step(self, clock: Clock) -> Work:
+        """What `prepare` takes counts as `other`, which no rate includes."""
+        self.prepare()
         clock.enter(self.kernel.phase)
         self.kernel.call()
         return self.work
 
     def close(self) -> None:
-        """Nothing is held outside this object."""
-
-
-class Gemm:
-    """C = A B."""
-
-    phase = "compute"
-
-    def __init__(self, a_MK: Tensor, b_KN: Tensor) -> None:
-        self.a_MK, self.b_KN = a_MK, b_KN
-        self.c_MN = torch.empty_like(a_MK)
-
-    def call(self) -> object:
-        return torch.mm(self.a_MK, self.b_KN, out=self.c_MN)
-
-    def error(self) -> float:
-        self.c_MN.fill_(float("nan"))
-        self.call()
-        exact = self.a_MK[:COMPARED].double() @ self.b_KN.double()
-        return _relative(self.c_MN[:COMPARED], exact)
-
-
-class Conv3d:
-    """3x3x3 convolution with padding, channels last."""
-
-    phase = "compute"
-
-    def __init__(self, x_BCDHW: Tensor, weight_OCDHW: Tensor) -> None:
-        self.x_BCDHW = x_BCDHW.to(memory_format=torch.channels_last_3d)
-        self.weight_OCDHW = weight_OCDHW.to(memory_format=torch.channels_last_3d)
-
-    def call(self) -> Tensor:
-        with torch.no_grad():
-            return torch.nn.functional.conv3d(self.x_BCDHW, self.weight_OCDHW, padding=1)
-
-    def error(self) -> float:
-        """Compares one corner and the interior next to it: the 2^3 first voxels of the first volume."""
-        corner = self.x_BCDHW[:1, :, :3, :3, :3].double()
-        exact = torch.nn.functional.conv3d(corner, self.weight_OCDHW.double(), padding=1)[..., :2, :2, :2]
-        return _relative(self.call()[:1, :, :2, :2, :2], exact)
-
-
-class Copy:
-    """b <- a."""
-
-    phase = "compute"
-
-    def __init__(self, a_MN: Tensor) -> None:
-        self.a_MN, self.b_MN = a_MN, torch.empty_like(a_MN)
-
-    def call(self) -> object:
-        return self.b_MN.copy_(self.a_MN)
-
-    def error(self) -> float:
-        self.b_MN.fill_(float("nan"))
-        self.call()
-        return 0.0 if torch.equal(self.a_MN, self.b_MN) else float("inf")
-
-
-def _relative(result: Tensor, exact: Tensor) -> float:
-    return float((result.double() - exact).norm() / exact.norm())
+        """Let go of files."""
+        if isinstance(self.kernel, (Read, Write, Opens)):
+            self.kernel.close()

@@ -60,3 +60,35 @@ class AllReduce:
 def _addend(rank: int, turns: int, place: Tensor) -> Tensor:
     """What a rank adds at these places: 1 to SMALL where it is its turn, else 0."""
     return torch.where(place % turns == rank % turns, 1 + (place + rank) % SMALL, 0)
+
+
+class PingPong:
+    """A message from rank 0 to rank 1 and back. It is timed on zeros."""
+
+    phase = "communication"
+
+    def __init__(self, x_N: Tensor, place: Place) -> None:
+        self.x_N, self.place = x_N, place
+
+    @classmethod
+    def of(cls, point: Point, context: Context, dtype: torch.dtype) -> PingPong:
+        """The message that a point asks for."""
+        count = max(1, int(point.params["message_bytes"]) // dtype.itemsize)
+        return cls(torch.zeros(count, dtype=dtype, device=context.device), context.place)
+
+    def call(self) -> None:
+        if self.place.rank == 0:
+            dist.send(self.x_N, 1)
+            dist.recv(self.x_N, 1)
+        else:
+            dist.recv(self.x_N, 0)
+            dist.send(self.x_N, 0)
+
+    def error(self) -> float:
+        """0, or infinity: whole numbers go there and come back as what they were, and only rank 0 had them."""
+        numbers_N = (torch.arange(len(self.x_N)) % SMALL).to(self.x_N)
+        self.x_N.copy_(numbers_N if self.place.rank == 0 else -1 - numbers_N)
+        self.call()
+        correct = torch.equal(self.x_N, numbers_N)
+        self.x_N.zero_()
+        return 0.0 if correct else float("inf")

@@ -1,0 +1,139 @@
+"""The page's part on what holds each cell back: shares, verdicts with their evidence, what a better part would give."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from saih.analysis import numbers
+from saih.analysis.bottleneck import CACHED_SHARE, TIMED, Share, Verdict, verdicts
+from saih.analysis.contention import contention
+from saih.report.grid import MOST_GROUPS, layout, left_out, spread, words
+from saih.report.results import Results
+
+MOST_ROWS = 120
+VISIBLE_SHARE = 0.005
+
+
+@dataclass(frozen=True)
+class Map:
+    """Verdicts over two axes."""
+
+    caption: str
+    columns: list[str]
+    rows: list[tuple[str, list[tuple[str, str, bool]]]]
+    """Of each rung of the second axis: (verdict, share, whether it is certain) for each of the first."""
+
+
+def judged(results: Results) -> list[Verdict]:
+    """The verdict on every measured cell that is as users run it."""
+    if results.whole.empty:
+        return []
+    return verdicts(results.points, results.samples, results.ranks, results.by_point, results.cells, results.sweep)
+
+
+def rows(results: Results, found: list[Verdict]) -> list[dict[str, Any]]:
+    """For a spread of cells: labels, bars, verdict, evidence, and what doubling each part's speed would give."""
+    return [_row(results, verdict) for verdict in spread(found, MOST_ROWS)]
+
+
+def maps(results: Results, found: list[Verdict]) -> tuple[list[Map], str]:
+    """A map of verdicts for each combination of the further axes; and how many are left out."""
+    plan = layout(results.problem_axes)
+    if plan.lines is None:
+        return [], ""
+    by_cell = {verdict.cell: verdict for verdict in found}
+    combinations = list(plan.split(results.undisturbed))
+    told = [_map(words(labels), cells, plan, by_cell) for labels, cells in combinations[:MOST_GROUPS]]
+    return told, left_out(len(combinations), "map")
+
+
+def slopes(results: Results) -> list[dict[str, str]]:
+    """What each process put beside the steps costs, a row a series and count."""
+    told = []
+    for slope in contention(results.points, results.by_point):
+        each = f"{100 * slope.each:.3g} %{_span(100 * slope.low, 100 * slope.high, ' %')}"
+        for count, (ratio, low, high) in zip(slope.counts[1:], slope.slowdown[1:], strict=True):
+            told.append(
+                {
+                    "series": words(slope.labels),
+                    "load": f"{count} {slope.load.replace('_', ' ')}",
+                    "slowdown": f"{numbers.three(ratio)} x{_span(low, high, ' x')}",
+                    "each": each,
+                }
+            )
+    return told
+
+
+def table(results: Results, found: list[Verdict]) -> pd.DataFrame:
+    """One row a cell, for download: verdict, evidence, and of each part its share and the gain of doubling it."""
+    records = []
+    for verdict in found:
+        cell = results.cells.loc[verdict.cell]
+        record: dict[str, Any] = {"cell": verdict.cell}
+        record |= {f"label_{axis.name}": cell[f"label_{axis.name}"] for axis in results.axes}
+        record |= {"bottleneck": verdict.bottleneck, "certain": verdict.certain, "evidence": verdict.evidence}
+        record["from_storage"] = verdict.from_storage
+        if verdict.slowest:
+            record |= {"slowest_rank": verdict.slowest.rank, "slowest_host": verdict.slowest.host}
+        for part in TIMED:
+            share = verdict.shares[part]
+            record |= {f"share_{part}": share.of_step, f"share_{part}_low": share.low, f"share_{part}_high": share.high}
+            record |= {f"ablated_{part}": share.ablated, f"gain_{part}": share.gain_of_doubling()[0]}
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+def _row(results: Results, verdict: Verdict) -> dict[str, Any]:
+    cell = results.cells.loc[verdict.cell]
+    visible = {part: share for part, share in verdict.shares.items() if share.of_step >= VISIBLE_SHARE}
+    whole = max(1.0, sum(share.of_step for share in visible.values()))
+    return {
+        "labels": [str(cell[f"label_{axis.name}"]) for axis in results.axes],
+        "step": numbers.si(cell["step_s"], "s"),
+        "bars": [(part, 100 * visible[part].of_step / whole) for part in TIMED if part in visible],
+        "verdict": verdict.bottleneck,
+        "certain": verdict.certain,
+        "evidence": verdict.evidence,
+        "cached": verdict.from_storage < CACHED_SHARE,
+        "slowest": verdict.slowest,
+        "parts": [(part, _percent(share), share.ablated, _gain(share)) for part, share in visible.items()],
+    }
+
+
+def _map(caption: str, cells: pd.DataFrame, plan: Any, by_cell: dict[str, Verdict]) -> Map:
+    across, down = plan.across, plan.lines
+    places = {
+        (row[f"label_{across.name}"], row[f"label_{down.name}"]): by_cell[str(cell)]
+        for cell, row in cells.iterrows()
+        if cell in by_cell
+    }
+    told = []
+    for rung in down.rungs:
+        line = [places.get((column.label, rung.label)) for column in across.rungs]
+        told.append((rung.label, [_square(verdict) for verdict in line]))
+    return Map(caption, [rung.label for rung in across.rungs], told)
+
+
+def _square(verdict: Verdict | None) -> tuple[str, str, bool]:
+    if verdict is None:
+        return "", "", False
+    largest = next(iter(verdict.shares.values()))
+    return verdict.bottleneck, f"{100 * largest.of_step:.0f} %", verdict.certain
+
+
+def _percent(share: Share) -> str:
+    return f"{100 * share.of_step:.3g} %{_span(100 * share.low, 100 * share.high, ' %')}"
+
+
+def _gain(share: Share) -> str:
+    gain, low, high = share.gain_of_doubling()
+    return f"{gain:.2f} x{_span(low, high, ' x')}"
+
+
+def _span(low: float, high: float, unit: str) -> str:
+    """The interval in brackets; nothing where there is none."""
+    return f" ({numbers.three(low)} to {numbers.three(high)}{unit})" if math.isfinite(low + high) else ""
