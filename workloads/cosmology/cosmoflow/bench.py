@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from itertools import count
+import time
+from collections.abc import Iterator
+from itertools import count, repeat
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,9 @@ class Training:
         self.learnt: dict[str, float] = {}
         pinned = self.device.startswith("cuda")
         self.loader = Loader(volumes, self.order.steps(), int(point.params["readers"]), pinned=pinned)
+        self.batches: Iterator[tuple[Tensor, Tensor]] = iter(self.loader)
+        self.slow_rank_s = float(point.params["emulated_slow_rank_s"])
+        self.link_bytes_per_s = float(point.params["emulated_link_bytes_per_s"])
 
     def learn(self, validation: Volumes) -> None:
         """Train for as long as the parameters say, and note what came of it: `spec` has their meaning."""
@@ -80,10 +85,46 @@ class Training:
         """`communication` is what backward waits for after its last gradient: the part no computation hides."""
         counts, targets = self._next(clock)
         loss = self._loss(self.parallel.model, counts, targets)
+        self._lag()
         self.parallel.backward(loss, clock)
+        self._crawl(clock)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return Work(self.cost.work, self.cost.flop, sum(operation.moved_bytes for operation in self.cost.operations))
+
+    def ablate(self, part: str) -> None:
+        """From here on, one batch is taken again and again; or gradients are zeros that nothing computed, reduced as
+        ever and applied to nothing; or gradients stay where they are."""
+        if part == "input":
+            counts, targets = next(self.loader)
+            kept = counts.clone(), targets.clone()
+            self.loader.close()
+            self.batches = repeat(kept)
+        elif part == "compute":
+            self.slow_rank_s = 0.0
+            self.standard = lambda counts_BDHWC: counts_BDHWC  # type: ignore[assignment]
+            self.network.forward = self._zeros  # type: ignore[method-assign, assignment]
+            self.optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
+        else:
+            self.link_bytes_per_s = 0.0
+            self.parallel.silence()
+
+    def _zeros(self, counts_BDHWC: Tensor) -> Tensor:
+        """What stands for the network's output [B, TARGETS]: it depends on every parameter, and costs a sum of them."""
+        total = torch.stack([parameter.sum() for parameter in self.network.parameters()]).sum()
+        return (0.0 * total).expand(len(counts_BDHWC), spec.TARGETS)
+
+    def _lag(self) -> None:
+        """Emulated: the last rank is slower."""
+        if self.slow_rank_s and self.place.rank == self.place.world - 1:
+            time.sleep(self.slow_rank_s)
+
+    def _crawl(self, clock: Clock) -> None:
+        """Emulated: the gradients' way is as long as at a rate, whatever the real link has done already."""
+        if self.link_bytes_per_s and self.place.world > 1:
+            clock.enter("communication")
+            time.sleep(self.cost.message_bytes / self.link_bytes_per_s)
+            clock.enter("compute")
 
     def check(self) -> Check:
         """The loss falls on a fixed batch; the reduced gradients are those of one rank on all batches joined."""
@@ -112,7 +153,7 @@ class Training:
     def _next(self, clock: Clock) -> tuple[Tensor, Tensor]:
         """The next batch of this rank on its device, seen from a side of its own if it is to be augmented."""
         clock.enter("input")
-        counts_BDHWC, targets_BT = next(self.loader)
+        counts_BDHWC, targets_BT = next(self.batches)
         clock.enter("transfer")
         counts_BDHWC, targets_BT = counts_BDHWC.to(self.device), targets_BT.to(self.device)
         clock.enter("compute")

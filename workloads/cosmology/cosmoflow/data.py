@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saih.core import Context, Params
 from saih.errors import SaihError
+from workloads.cosmology.cosmoflow.heldback import Cold, Throttled
 from workloads.cosmology.cosmoflow.model import from_counts
 from workloads.cosmology.dataset import Dataset, Recipe, generate
 from workloads.cosmology.loader import InMemory
@@ -36,7 +37,10 @@ def training_volumes(params: Params, seed: int, context: Context) -> Volumes:
     if params["input"] == "memory":
         return InMemory(volumes)
     volumes.evict(range(len(volumes)))
-    return volumes
+    if params["cache"] == "cold":
+        volumes = Cold(volumes)
+    rate = float(params["emulated_reader_bytes_per_s"])
+    return Throttled(volumes, rate) if rate else volumes
 
 
 def validation_volumes(params: Params, seed: int, context: Context) -> Volumes:

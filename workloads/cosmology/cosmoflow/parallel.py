@@ -28,6 +28,9 @@ class DataParallel(Protocol):
     def backward(self, loss: Tensor, clock: Clock) -> None:
         """Gradients of `loss`, averaged over ranks. `communication` is what is waited for after the last gradient."""
 
+    def silence(self) -> None:
+        """From here on gradients stay on their rank."""
+
     def close(self) -> None:
         """Let go of threads and connections."""
 
@@ -52,6 +55,9 @@ class Alone:
     def backward(self, loss: Tensor, clock: Clock) -> None:
         loss.backward()
 
+    def silence(self) -> None:
+        """They do anyway."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -71,6 +77,9 @@ class Ddp:
         clock.enter("compute")
         for hook in hooks:
             hook.remove()
+
+    def silence(self) -> None:
+        cast(DistributedDataParallel, self.model).require_backward_grad_sync = False
 
     def close(self) -> None:
         """The process group is the job's."""
@@ -97,6 +106,10 @@ class Horovod:
             self.hvd.synchronize(handle)
         self.handles.clear()
         clock.enter("compute")
+
+    def silence(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def close(self) -> None:
         """Stop its thread, or it would wake up beside the points that follow."""

@@ -23,6 +23,8 @@ GENERATE_BYTES_PER_S = 40e6
 """Volumes grown and painted per second on one core, a careful figure for planning."""
 
 BACKENDS = ("ddp", "horovod")
+ABLATIONS = ("input", "compute", "communication")
+"""`Training.ablate` says how each is taken out of a step."""
 
 PARAMETERS = (
     Parameter("mesh", 64, "voxels per side", "side of a volume; a power of two", minimum=8),
@@ -39,6 +41,13 @@ PARAMETERS = (
     ),
     Parameter("storage", DEFAULT_STORAGE, "", "how universes made here lie on disk", choices=STORAGES),
     Parameter("input", "storage", "", "read ahead from storage, or kept in host memory", choices=("storage", "memory")),
+    Parameter(
+        "cache",
+        "warm",
+        "",
+        "input=storage: read as it comes, from memory where the system kept it; or forgotten before it is read again",
+        choices=("warm", "cold"),
+    ),
     Parameter("readers", 4, "threads", "threads of each rank that read ahead", minimum=1),
     Parameter(
         "augment", "none", "", "symmetry: cube symmetries, and shifts of periodic boxes", choices=("none", "symmetry")
@@ -61,6 +70,17 @@ PARAMETERS = (
     Parameter(
         "backend", "ddp", "", "what averages the gradients of several ranks; horovod: make horovod", choices=BACKENDS
     ),
+    Parameter(
+        "emulated_reader_bytes_per_s", 0.0, "bytes/s", "each rank reads no faster than this; 0: as it can", minimum=0
+    ),
+    Parameter(
+        "emulated_link_bytes_per_s",
+        0.0,
+        "bytes/s",
+        "gradients take no less than at this rate; 0: as they can",
+        minimum=0,
+    ),
+    Parameter("emulated_slow_rank_s", 0.0, "s", "the last rank computes so much longer in each step", minimum=0),
     Parameter("precision", "fp32", "", "arithmetic of the network; bf16 is autocast", choices=("fp32", "bf16")),
 )
 
@@ -247,6 +267,7 @@ def cost(params: Params) -> Cost:
         flop=net.training_flop * batch,
         work=batch,
         operations=tuple(_operations(net, batch, word)),
+        emulated_s=_emulated_s(params, batch * sample_bytes(params), 4.0 * net.parameters if ranks > 1 else 0.0),
         parameters=net.parameters,
         device_bytes=_memory(net, batch, word, params),
         input_bytes=batch * sample_bytes(params),
@@ -256,6 +277,13 @@ def cost(params: Params) -> Cost:
         setup_s=data / GENERATE_BYTES_PER_S,
         check_steps=4 + ranks_checked + lesson_steps(params),
     )
+
+
+def _emulated_s(params: Params, read_bytes: float, message_bytes: float) -> float:
+    """Seconds a step waits for parts that stand for slower ones. Reading ahead hides some of the first."""
+    reader, link = (float(params[f"emulated_{part}_bytes_per_s"]) for part in ("reader", "link"))
+    waits = (read_bytes / reader if reader else 0.0, message_bytes / link if link else 0.0)
+    return sum(waits) + float(params["emulated_slow_rank_s"])
 
 
 def _operations(net: Network, batch: int, word: int) -> list[Operation]:

@@ -64,8 +64,21 @@ class OurEngine:
             raise SaihError(refused)
         return [request.generated for request in requests]
 
+    def ablate(self, part: str) -> None:
+        """The model is not run: every logit is zero. Scheduling, batching and choosing tokens are what is left."""
+        _without_model(self.engine.worker)
+
     def close(self) -> None:
         """Nothing runs beside."""
+
+
+def _without_model(worker: Worker) -> None:
+    stage = worker.stage
+
+    def zeros(x: torch.Tensor, meta: AttnMeta, kv: object, rows_R: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(rows_R), stage.spec.vocab, dtype=stage.dtype, device=stage.device)
+
+    stage.forward = zeros  # type: ignore[method-assign, assignment]
 
 
 def _generator(point: Point, device: str, requests: Sequence[Request]) -> peers.Generator:
@@ -118,6 +131,11 @@ class Serving:
         }
         return Check(numbers["largest_gap_std"] <= allowed, numbers, _why(numbers["largest_gap_std"]))
 
+    def ablate(self, part: str) -> None:
+        if not isinstance(self.generator, OurEngine):
+            raise SaihError(f"ablation={part} takes the model out of engine=saih, not of another")
+        self.generator.ablate(part)
+
     def close(self) -> None:
         self.generator.close()
 
@@ -154,6 +172,10 @@ class OneStep:
         pairs = zip(self.requests, self.first, self._tokens(self.decode), strict=True)
         gap = max(float(_gaps(stage, request, [a, b]).max()) for request, a, b in pairs)
         return Check(gap <= TOLERANCE[str(self.point.params["precision"])], {"largest_gap_std": gap}, _why(gap))
+
+    def ablate(self, part: str) -> None:
+        """The model is not run; packing a batch and choosing tokens are what is left."""
+        _without_model(self.worker)
 
     def _tokens(self, step: Step) -> list[int]:
         return [int(token) for token in cast(torch.Tensor, self.worker.run(step)).tolist()]

@@ -1,0 +1,72 @@
+"""Trends: curves of known shape, laws that are found again, and intervals that cover what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from saih.analysis.trend import CONFIDENCE, fit, shape
+
+SIZES = (16.0, 32.0, 64.0, 128.0, 256.0)
+
+
+def test_a_curve_that_levels_off_has_a_knee_and_a_saturation() -> None:
+    found = shape((1, 2, 4, 8, 16, 32), (10, 40, 70, 96, 98, 100))
+    assert (found.low, found.high) == (10, 100)
+    assert found.knee in (4, 8)
+    assert found.saturation == 8
+
+
+@pytest.mark.parametrize("values", [(1, 2, 3, 4, 5), (1, 2, 4, 8, 16), (16, 8, 4, 2, 1)])
+def test_a_curve_that_does_not_level_off_has_no_saturation(values: tuple[float, ...]) -> None:
+    assert shape(SIZES, values).saturation is None
+
+
+@pytest.mark.parametrize(
+    ("law", "told"),
+    [
+        (lambda n: 0.01 + 2e-8 * n**3, "n^3"),
+        (lambda n: 0.5 + 0.0 * n, "0.5"),
+        (lambda n: 1e-3 * n * np.log2(n), "n log2(n)"),
+    ],
+)
+def test_a_law_without_noise_is_found_again(law: Callable[[np.ndarray], np.ndarray], told: str) -> None:
+    n = np.array(SIZES)
+    model = fit(n[:, None], law(n), ("n",))
+    assert model is not None
+    assert told in model.formula()
+    beyond = model.predict([512.0])
+    assert beyond.value == pytest.approx(float(law(np.array(512.0))), rel=1e-3)
+
+
+def test_too_few_sizes_make_no_model() -> None:
+    assert fit(np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 4.0]), ("n",)) is None
+
+
+def surface(dice: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
+    """A random law over two sizes: a floor and a product of powers, as of kernels that launches hide when small."""
+    i, k = dice.choice([1.0, 1.5, 2.0, 3.0]), dice.choice([0.5, 1.0, 1.5, 2.0])
+    floor = dice.uniform(0.0, 3.0) * 64.0**i * 8.0**k
+    return lambda p: 1e-6 * (floor + p[:, 0] ** i * p[:, 1] ** k)
+
+
+def test_intervals_cover_what_they_say(tell: Callable[[str], None]) -> None:
+    """200 surfaces of 5 x 4 cells, 3 repeats, 5 % noise; the cell one rung beyond both ends is predicted."""
+    dice = np.random.default_rng(7)
+    grid = np.array([(data, model) for data in SIZES for model in (4.0, 8.0, 16.0, 32.0)])
+    inside, errors = 0, []
+    for _ in range(200):
+        law = surface(dice)
+        sizes = np.repeat(grid, 3, axis=0)
+        model = fit(sizes, law(sizes) * np.exp(0.05 * dice.standard_normal(len(sizes))), ("data", "model"))
+        assert model is not None
+        beyond = np.array([[512.0, 64.0]])
+        seen = float(law(beyond)[0]) * float(np.exp(0.05 * dice.standard_normal()))
+        predicted = model.predict(beyond[0])
+        inside += predicted.low <= seen <= predicted.high
+        errors.append(abs(predicted.value / float(law(beyond)[0]) - 1))
+    error = 100 * float(np.median(errors))
+    tell(f"90 % intervals hold {inside / 2:.1f} % of 200 extrapolated cells; median error {error:.1f} %")
+    assert 0.85 <= inside / 200 <= 0.95, CONFIDENCE
