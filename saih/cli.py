@@ -165,6 +165,8 @@ def report(options: argparse.Namespace) -> int:
     from saih.report import page
 
     print(page.write(options.results, options.output or REPORTS / f"{options.results.stem}.html"))
+    if options.extra_p:
+        print(page.write_extra_p(options.results, options.extra_p))
     return 0
 
 
@@ -526,6 +528,7 @@ def _parser() -> argparse.ArgumentParser:
     reporting = _verb(verbs, "report", report)
     reporting.add_argument("results", type=Path, metavar="RESULTS.h5")
     reporting.add_argument("-o", "--output", type=Path, metavar="FILE.html")
+    reporting.add_argument("--extra-p", type=Path, metavar="FILE.txt", help="write step times as Extra-P reads them")
 
     probing = _verb(verbs, "probe", probe)
     probing.add_argument("--site", metavar="NAME|FILE", help="which site (default: local)")

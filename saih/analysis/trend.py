@@ -1,8 +1,8 @@
 """How a quantity grows with the application: range, knee, saturation; a model of it, with honest prediction intervals.
 
 Models are in performance-model normal form (Calotoiu et al., SC13, section 3.1): a constant and one term
-c p^i log2(p)^j for each size, multiplied or added. Which exponents are right is not known, so none is chosen for the interval: all are
-averaged, weighted by BIC (Raftery, 1995), and the interval is that of the mixture of their Student-t predictions.
+c p^i log2(p)^j for each size, multiplied or added. Which exponents are right is not known, so none is chosen for the
+interval: all are averaged, weighted by BIC (Raftery, 1995); it is that of the mixture of their Student-t predictions.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from saih.analysis.bottleneck import TIMED
 from saih.analysis.ceilings import unit
 from saih.analysis.scaling import scaling
 from saih.files import write_atomic
-from saih.report import asked, bottlenecks, curves, tables, trade
+from saih.report import asked, bottlenecks, curves, tables, trade, trends
 from saih.report.downloads import downloads
 from saih.report.figures import draw
 from saih.report.grid import layout
@@ -28,6 +28,13 @@ TEMPLATES = Path(__file__).parent.parent / "templates"
 def write(results: Path, output: Path) -> Path:
     """Write the page of `results` to `output`, whole or not at all; SaihError where `results` cannot be read."""
     text = _render(read(results)).encode()
+    write_atomic(output, lambda file: file.write(text))
+    return output
+
+
+def write_extra_p(results: Path, output: Path) -> Path:
+    """Write the measured step times as Extra-P reads them."""
+    text = trends.extra_p(read(results)).encode()
     write_atomic(output, lambda file: file.write(text))
     return output
 
@@ -81,6 +88,8 @@ def _content(results: Results) -> dict[str, Any]:
         "checks": checks,
         "check_rows": check_rows,
         "rates": _rates(results) if probing else None,
+        "shapes": [] if probing else trends.shapes(results),
+        "trends": [] if probing else trends.trends(results),
         "bottlenecks": None if probing else _bottlenecks(results),
         "scaling": _scaling(results),
         "trade": trade.section(results),

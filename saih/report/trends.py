@@ -1,0 +1,142 @@
+"""The page's part on trends: curves in three numbers, a model of step time, the largest rung held out, and beyond.
+
+What the model says was not measured; it is kept apart from all that was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saih.analysis import numbers
+from saih.analysis.trend import Model, Prediction, fit, shape
+from saih.core import Axis
+from saih.report.grid import is_sized, layout, words
+from saih.report.results import Results
+from saih.report.tables import main_percentage
+
+MOST_EXTRAPOLATED = 40
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Of the cells that differ in one or two sized axes only."""
+
+    caption: str
+    formula: str
+    held_out: list[dict[str, str]]
+    """Cells of the largest rung, predicted from the smaller ones alone, beside what was measured."""
+    extrapolated: list[dict[str, str]]
+    """Cells that were asked for and not measured."""
+
+
+def shapes(results: Results) -> list[dict[str, str]]:
+    """Range, knee and saturation of % of peak along each sized axis, a row a curve."""
+    column = main_percentage(results)
+    told: list[dict[str, str]] = []
+    if column is None:
+        return told
+    for axis in results.problem_axes:
+        others = [each for each in results.problem_axes if each is not axis]
+        for labels, line in _series(results.whole, others):
+            if not is_sized(axis) or line[f"size_{axis.name}"].nunique() < 3:
+                continue
+            found = shape(line[f"size_{axis.name}"].tolist(), line[column].tolist())
+            named = dict(zip(line[f"size_{axis.name}"], line[f"label_{axis.name}"], strict=True))
+            told.append(
+                {
+                    "axis": axis.name,
+                    "series": words(labels) or "all",
+                    "range": f"{numbers.three(found.low)} to {numbers.three(found.high)} %",
+                    "knee": "none" if found.knee is None else str(named[found.knee]),
+                    "saturation": "not reached" if found.saturation is None else str(named[found.saturation]),
+                }
+            )
+    return told
+
+
+def trends(results: Results) -> list[Trend]:
+    """A model of step time over the sized axes, for each combination of the others that has enough sizes."""
+    plan = layout(results.problem_axes)
+    sized = [axis for axis in (plan.across, plan.lines) if axis is not None and is_sized(axis) and len(axis.rungs) > 2]
+    others = [axis for axis in results.problem_axes if axis not in sized]
+    found = []
+    for labels, cells in _series(results.undisturbed, others):
+        told = _trend(words(labels), cells, sized, results) if sized else None
+        found += [told] if told else []
+    return found
+
+
+def extra_p(results: Results) -> str:
+    """Measured step times in the text format of Extra-P, over the sized axes; a line of repeats for each point."""
+    sized = [axis for axis in results.problem_axes if is_sized(axis)]
+    lines = [f"PARAMETER {axis.name}" for axis in sized]
+    cells = results.whole.sort_values([f"size_{axis.name}" for axis in sized])
+    places = [" ".join(f"{cell[f'size_{axis.name}']:g}" for axis in sized) for _, cell in cells.iterrows()]
+    lines.append("POINTS " + " ".join(f"( {place} )" for place in places))
+    lines += ["REGION step", "METRIC step_s"]
+    steps = results.by_point.groupby("cell")["step_s"]
+    lines += ["DATA " + " ".join(f"{value:.9g}" for value in steps.get_group(cell)) for cell in cells.index]
+    return "\n".join(lines) + "\n"
+
+
+def _trend(caption: str, cells: pd.DataFrame, sized: list[Axis], results: Results) -> Trend | None:
+    sizes, values, _ = _measurements(cells, sized, results)
+    model = fit(sizes, values, [axis.name for axis in sized]) if len(values) else None
+    if model is None:
+        return None
+    left = cells[~cells["status"].isin(["measured"])].head(MOST_EXTRAPOLATED)
+    beyond = [_row(cell, sized, model) for _, cell in left.iterrows()]
+    return Trend(caption, model.formula(), _held_out(cells, sized, results), beyond)
+
+
+def _held_out(cells: pd.DataFrame, sized: list[Axis], results: Results) -> list[dict[str, str]]:
+    """Fit all but the largest rung of the first axis, and predict that."""
+    first = f"size_{sized[0].name}"
+    largest = cells[first] == cells.loc[cells["status"] == "measured", first].max()
+    sizes, values, _ = _measurements(cells[~largest], sized, results)
+    model = fit(sizes, values, [axis.name for axis in sized]) if len(values) else None
+    if model is None:
+        return []
+    told = []
+    for _, cell in cells[largest & (cells["status"] == "measured")].iterrows():
+        predicted = _predict(cell, sized, model)
+        inside = "yes" if predicted.low <= cell["step_s"] <= predicted.high else "no"
+        error = f"{100 * (predicted.value / cell['step_s'] - 1):+.1f} %"
+        told.append(
+            _row(cell, sized, model) | {"measured": numbers.si(cell["step_s"], "s"), "error": error, "inside": inside}
+        )
+    return told
+
+
+def _measurements(cells: pd.DataFrame, sized: list[Axis], results: Results) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Sizes and step time of each repeat of each measured cell."""
+    names = [f"size_{axis.name}" for axis in sized]
+    rows = results.by_point[results.by_point["cell"].isin(cells.index[cells["status"] == "measured"])]
+    where = cells.loc[rows["cell"], names]
+    return where.to_numpy(dtype=float), rows["step_s"].to_numpy(dtype=float), names
+
+
+def _predict(cell: Mapping[str, Any] | pd.Series, sized: list[Axis], model: Model) -> Prediction:
+    return model.predict([float(cell[f"size_{axis.name}"]) for axis in sized])
+
+
+def _row(cell: pd.Series, sized: list[Axis], model: Model) -> dict[str, str]:
+    predicted = _predict(cell, sized, model)
+    return {
+        "labels": words({axis.name: cell[f"label_{axis.name}"] for axis in sized}),
+        "predicted": numbers.si(predicted.value, "s"),
+        "interval": numbers.span(predicted.low, predicted.high, "s"),
+    }
+
+
+def _series(cells: pd.DataFrame, others: list[Axis]) -> list[tuple[dict[str, str], pd.DataFrame]]:
+    if not others:
+        return [({}, cells)]
+    names = [axis.name for axis in others]
+    groups = cells.groupby([f"label_{name}" for name in names], sort=False)
+    return [(dict(zip(names, map(str, labels), strict=True)), group) for labels, group in groups]
