@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ def _run(rank: int, world: int, port: int, folder: str, points: list[dict[str, A
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     home = Path(folder)
+    gc.freeze()  # as the worker does: collecting between points would visit all of torch
     pack = worker.Pack(home, (), home / "points", world, 1, "cpu", str(home.parent / "data"), None, {})
     with worker._process_group(Place(rank, rank, world), "cpu"):
         for point in points:

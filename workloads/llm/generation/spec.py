@@ -25,6 +25,8 @@ WORK_UNIT = "tokens"
 
 ENGINES = ("saih", "hf-generate", "hf-continuous", "ctranslate2")
 TASKS = ("serve", "prefill", "decode")
+ABLATIONS = ("compute",)
+"""Of engine=saih: every logit is zero, and what is left is scheduling, batching and choosing."""
 WORD = {"fp32": 4, "bf16": 2}
 LARGEST_BLOCK = 512
 RANDOM_PER_S = 2e7
