@@ -31,9 +31,9 @@ class Ceiling:
         return sorted(self.value(end) for end in ("step_s_low", "step_s_high"))
 
 
-def kernel_share(cell: Any) -> Any:
-    """Share of a step, or of each of many, that is the kernel's: not what comes before a call, such as cold files."""
-    return 1.0 - cell.get("share_other", 0.0)
+def kernel_share(cell: Mapping[str, Any] | pd.Series) -> float:
+    """Share of a step that is the kernel's: before a file is read cold it has to be forgotten."""
+    return 1.0 - float(cell.get("share_other", 0.0)) if cell.get("param_kernel") in FILES else 1.0
 
 
 def is_latency(name: str) -> bool:

@@ -119,9 +119,8 @@ def _rate_panel(unit: str, amount: str, series: Series, across: Axis) -> Panel:
     lines = []
     for label, group in series:
         group = group.sort_values(f"size_{across.name}")
-        rate, low, high = (
-            group[amount] / group[step] / kernel_share(group) / 1e9 for step in ("step_s", "step_s_high", "step_s_low")
-        )
+        busy = group.apply(kernel_share, axis=1)
+        rate, low, high = (group[amount] / group[step] / busy / 1e9 for step in ("step_s", "step_s_high", "step_s_low"))
         lines.append(_line(label, group[f"size_{across.name}"], rate, low, high))
     title = f"{unit} over {across.name}"
     return Panel(f"rate-{amount.replace('_', '-')}", title, _told(title, lines), lines, _scale(across), unit)
