@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from saih.core import Axis, Claim, Cost, Parameter, Params, Rung
+from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
 from saih.errors import SaihError
 from workloads.video import options, shapes
 from workloads.video.chorus.stages import Reuse
@@ -239,5 +239,6 @@ def cost(params: Params) -> Cost:
     work = float(steps)
     if used is not None:
         work = hits * used.work(ONE_WORD, steps) + (1 - hits - repeats) * steps
-    forwards = requests * branches * work
-    return options.cost(params, [(shape(params), forwards)], float(requests), check_steps=1.0)
+    one = options.cost(params, [(shape(params), branches * work)], 1.0, check_steps=1.0)
+    kernels = [Operation(requests * each.flop, requests * each.moved_bytes) for each in one.operations]
+    return replace(one, flop=requests * one.flop, work=float(requests), operations=tuple(kernels))
