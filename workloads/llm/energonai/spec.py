@@ -10,6 +10,7 @@ from saih.errors import SaihError
 from workloads.llm import stepcost
 from workloads.llm.config import PRESETS, ModelSpec, preset, split_layers
 from workloads.llm.energonai import overlap, timeline, window
+from workloads.llm.energonai.consistency import TICKETS
 from workloads.llm.stepcost import Batch
 
 TITLE = "EnergonAI: prefill of a transformer over tensor-parallel ranks and pipeline stages under one controller"
@@ -218,6 +219,8 @@ def shape(params: Params) -> Shape:
         raise SaihError(f"{model.heads} heads and {model.ffn} MLP columns cannot be cut over tp={tp}")
     if not emulated:
         split_layers(model.layers, pp)
+    if int(params["batches"]) >= TICKETS:
+        raise SaihError(f"batches={params['batches']}: at most {TICKETS - 1}, for there are {TICKETS} tickets")
     if int(params["length"]) > model.max_positions:
         raise SaihError(f"length={params['length']}: {params['model']} has {model.max_positions} positions")
     if params["rows"] == "padded" and params["attention"] not in ("padded", "loop"):
