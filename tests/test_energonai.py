@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,6 +44,9 @@ from workloads.llm.energonai.worker import Worker
 from workloads.llm.loader import random_init
 from workloads.llm.model import Stage
 from workloads.llm.shard import Mesh
+
+ROOT = Path(bench.__file__).parents[3]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 # -- Tickets -----------------------------------------------------------------------------------------------------------
 
@@ -107,17 +112,34 @@ def test_a_ticket_is_executed_with_its_own_lengths_whoever_picked_it_up() -> Non
     }
 
 
-def test_the_documented_serial_code_runs() -> None:
+def documented() -> list[str]:
+    """The programs of the page: on one rank, on two."""
     page = (Path(bench.__file__).parent / "README.md").read_text()
-    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    told = subprocess.run(
-        [sys.executable, "-c", code + "\nprint(tuple(logits_BV.shape), tuple(second.result(0).shape))"],
-        cwd=Path(bench.__file__).parents[3],
-        capture_output=True,
-        text=True,
-        check=False,
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def told_by(*command: str) -> tuple[str, str, int]:
+    run = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120
     )
-    assert (told.stdout, told.stderr) == ("(2, 512) (1, 512)\n", "")
+    return run.stdout, run.stderr, run.returncode
+
+
+def test_the_documented_serial_code_runs() -> None:
+    code = documented()[0] + "\nprint(tuple(logits_BV.shape), tuple(second.result(0).shape))"
+    assert told_by("-c", code) == ("(2, 512) (1, 512)\n", "", 0)
+
+
+def test_the_documented_code_of_two_ranks_runs_and_says_what_one_rank_says(tmp_path: Path) -> None:
+    (tmp_path / "serve.py").write_text(documented()[1])
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    out, err, code = told_by(*launcher, str(tmp_path / "serve.py"))
+    assert code == 0, err
+    stage = Stage(preset("gpt-tiny"))
+    random_init(stage, seed=0)
+    with torch.inference_mode():
+        alone = [stage(torch.arange(n), AttnMeta.packed((n,)))[-1].argmax().item() for n in (3, 1, 2)]
+    assert out == f"{alone}\n"
 
 
 @pytest.fixture
@@ -720,6 +742,40 @@ def test_products_of_a_window_are_those_that_torch_counts(rows: str) -> None:
     operations = spec.cost(params(**changes)).operations
     attention = [operation.flop for operation in operations[2::7]][: model.layers]
     assert sum(operation.flop for operation in operations) - sum(attention) == sum(products.values())
+
+
+def executed_flop(**changes: Any) -> float:
+    return sum(operation.flop for operation in spec.cost(params(model="gpt-mini", gpus=2, **changes)).operations)
+
+
+def test_bounds_of_packed_rows_are_ratios_of_the_flop_executed_in_the_study() -> None:
+    """More tokens a second by so much, or a batch in so much of the time, if every FLOP takes as long."""
+    study = yaml.safe_load((ROOT / "jobs/studies/energonai.yaml").read_text())["parts"]
+    claims = {claim.name: claim for claim in spec.CLAIMS}
+    forms = {rung.label: rung.params for axis in spec.AXES if axis.name == "filled-up" for rung in axis.rungs}
+    size = {name: study["drce"]["set"][name] for name in ("batch", "length")} | {"batches": 1}
+    for claim in (claim for name, claim in claims.items() if name.startswith("drce")):
+        valid = int(claim.where["valid"]) / 100
+        padded, packed = (
+            executed_flop(**size, valid=valid, **forms[side["filled-up"]])
+            for side in (claim.denominator, claim.numerator)
+        )
+        assert claim.bound == pytest.approx(padded / packed, rel=0.003)
+        assert padded / packed > 1 / valid
+    size = {name: study["tp-latency"]["set"][name] for name in ("batch", "length", "valid")} | {"batches": 1}
+    ratio = executed_flop(**size, rows="packed") / executed_flop(**size, rows="padded")
+    assert claims["tp-latency"].bound == pytest.approx(ratio, rel=0.003)
+
+
+def test_packed_rows_are_claimed_over_both_padded_forms() -> None:
+    """Over the better one, that is; both targets are the same."""
+    found = [claim for claim in spec.CLAIMS if claim.name.startswith("drce")]
+    targets = {
+        form: {claim.where["valid"]: claim.target for claim in found if claim.denominator == {"filled-up": form}}
+        for form in ("rows", "rows-looped")
+    }
+    assert targets["rows"] == targets["rows-looped"] == {"26": 2.5, "48": 1.9, "68": 1.3}
+    assert {claim.numerator["filled-up"] for claim in found} == {"nothing"}
 
 
 def test_the_bound_of_packed_rows_is_one_over_the_valid_share() -> None:

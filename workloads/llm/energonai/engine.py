@@ -18,7 +18,7 @@ from workloads.llm.energonai.consistency import after
 from workloads.llm.energonai.message import Kind, Message, receive, send
 from workloads.llm.energonai.worker import ENGINE, Worker, describe
 
-GRACE_S = 0.5
+GRACE_S = 2.0
 """A rank that loses its neighbour reports at once; so long the engine waits for the one that died to be noticed."""
 ABORT_TIMEOUT = datetime.timedelta(seconds=10)
 """A rank that takes no commands any more is left to itself."""
@@ -71,8 +71,8 @@ class Engine:
     def close(self) -> None:
         """Wait for what was submitted, then end all ranks.
 
-        Returns as well if a rank fails or dies meanwhile: futures without a result say what it was, `worker.failure` too,
-        and the ranks that are left have been told.
+        Returns as well if a rank fails or dies meanwhile: futures without a result say what it was, so does
+        `worker.failure`, and the ranks that are left have been told.
         """
         with self._changing:
             if self._closed:
