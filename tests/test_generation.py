@@ -53,7 +53,7 @@ def ours() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("shape", ["llama-tiny", "gpt-tiny", "opt-tiny"])
-@pytest.mark.parametrize(("precision", "matrices"), [("fp32", "packed"), ("fp32", "plain"), ("bf16", "packed")])
+@pytest.mark.parametrize(("precision", "matrices"), [("fp32", "prepacked"), ("fp32", "plain"), ("bf16", "prepacked")])
 def test_our_engine_passes_its_check(shape: str, precision: str, matrices: str) -> None:
     made = ready(shape=shape, precision=precision, matrices=matrices, max_tokens=8)
     check = made.check()

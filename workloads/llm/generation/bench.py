@@ -14,7 +14,7 @@ from workloads.llm.attention import AttnMeta
 from workloads.llm.engine import Engine
 from workloads.llm.generation import peers, spec
 from workloads.llm.model import Stage
-from workloads.llm.packed import pack
+from workloads.llm.prepack import prepack
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan
 from workloads.llm.trace import to_requests
@@ -50,8 +50,8 @@ class OurEngine:
         params, trace = point.params, spec.rows(point.params, point.seed)
         size = spec.block_size(params, trace, device)
         stage = stage_of(point, device)
-        if device == "cpu" and params["matrices"] == "packed":
-            pack(stage)
+        if device == "cpu" and params["matrices"] == "prepacked":
+            prepack(stage)
         self.engine = Engine(
             Worker(stage, stage.new_kv(spec.blocks(params, trace, size), size)), spec.scheduler(params)
         )
@@ -95,7 +95,7 @@ class Serving:
 
     def check(self) -> Check:
         """Every token of every request is the most likely one after its prompt and the tokens before it, says the
-        core's full forward pass: no cache, no batching, no packed matrices."""
+        core's full forward pass: no cache, no batching, no prepacked matrices."""
         found = self.generator.generate(_fresh(self.trace))
         wrong = [
             request.id
