@@ -36,5 +36,5 @@ def test_matrices_that_cannot_be_prepacked(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_torch_without_the_operators_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepack_module, "OPERATORS", ("_reorder_linear_weight", "_gone"))
-    with pytest.raises(SaihError, match=r"lacks mkldnn._gone, which prepacked matrices need; use torch 2.11 to 2.13"):
+    with pytest.raises(SaihError, match=r"lacks mkldnn._gone, which prepacked matrices need; use torch 2.13"):
         prepack(Stage(config.preset("llama-tiny")))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from saih.errors import SaihError
 from workloads.llm.request import Request, Sampling
 from workloads.llm.sampling import choose, draw
 
@@ -73,6 +74,15 @@ def test_seed_request_and_position_each_matter() -> None:
         for done in (0, 1)
     }
     assert len(seen) == 8
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "why"),
+    [(-1.0, 1.0, "at least 0, got -1.0"), (float("nan"), 1.0, "got nan"), (1.0, 0.0, "above 0"), (1.0, 1.5, "got 1.5")],
+)
+def test_sampling_that_means_nothing_is_refused(temperature: float, top_p: float, why: str) -> None:
+    with pytest.raises(SaihError, match=why):
+        Sampling(temperature, top_p)
 
 
 def test_numbers_next_to_one_stay_inside_the_set() -> None:

@@ -4,7 +4,7 @@ torch multiplies fp32 matrices by MKL, which takes a generic path on processors 
 out anew in every call. oneDNN takes the widest vectors there are, and keeps the layout it is given.
 
 The two operators behind it, `torch.ops.mkldnn._reorder_linear_weight` and `_linear_pointwise` (`shard.multiply`), are
-those of torch's own compiler and private to it: tested with torch 2.11 to 2.13. A torch without them is refused.
+those of torch's own compiler and private to it: tested with torch 2.13. A torch without them is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def prepack(stage: Stage) -> None:
     if lacking:
         raise SaihError(
             f"torch {torch.__version__} lacks mkldnn.{', mkldnn.'.join(lacking)}, which prepacked matrices need; "
-            "use torch 2.11 to 2.13, or plain matrices"
+            "use torch 2.13, or plain matrices"
         )
     for module in stage.modules():
         if isinstance(module, ColumnLinear | RowLinear):

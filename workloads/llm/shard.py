@@ -196,7 +196,7 @@ class Make:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, D] W^T + b, of a weight [O, D] as it is or as `prepack.prepack` laid it out (a private operator: see there)."""
+    """x [T, D] W^T + b, of a weight [O, D] as it is or as `prepack.prepack` laid it out."""
     if weight.is_mkldnn:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
