@@ -36,6 +36,20 @@ FAMILIES = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, rope_theta=5e5, tie_word_embeddings=False)
     ),
+    "llama3": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **LLAMA,
+            num_key_value_heads=2,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 1e3,
+                "factor": 4.0,
+                "low_freq_factor": 0.5,  # waves of 16, 32 and 64 positions: each of the three ways is taken
+                "high_freq_factor": 2.0,
+                "original_max_position_embeddings": 32,
+            },
+        )
+    ),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(**LLAMA, num_key_value_heads=1, tie_word_embeddings=True)
     ),

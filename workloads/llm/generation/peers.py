@@ -83,7 +83,7 @@ def _hf_config(spec: ModelSpec) -> Any:
             head_dim=spec.head_dim,
             max_position_embeddings=spec.max_positions,
             rms_norm_eps=spec.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+            rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},  # presets have no other
         )
     if spec.family == "gpt2":
         return transformers.GPT2Config(
