@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
@@ -35,6 +37,22 @@ def require() -> Callable[[str], str]:
         return path
 
     return find
+
+
+def _package(name: str) -> ModuleType:
+    if importlib.util.find_spec(name) is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(
+                f"the {name} package is not installed, and CI must not skip this test: pip install 'saih[test]'"
+            )
+        pytest.skip(f"the {name} package is not installed")
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="session")
+def require_package() -> Callable[[str], ModuleType]:
+    """`require_package("transformers")` is that package; where it lacks the test is skipped, or fails if CI=true."""
+    return _package
 
 
 @pytest.fixture

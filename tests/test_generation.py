@@ -97,6 +97,24 @@ def test_a_checkpoint_takes_the_place_of_random_weights(tmp_path: Path) -> None:
     assert one == other
 
 
+@pytest.mark.parametrize("engine", PEERS)
+def test_the_end_token_of_a_checkpoint_stops_no_engine(engine: str, tmp_path: Path) -> None:
+    wanted(engine)
+    stage = Stage(config.preset("llama-tiny"))
+    loader.random_init(stage, 2)
+    model = peers.hf_model(stage.spec, loader.state_dict(stage), torch.float32, "cpu")
+    model.save_pretrained(tmp_path)
+    ours = ready(checkpoint=str(tmp_path))
+    tokens = ours.generator.generate(bench._fresh(ours.trace))
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokens[0][0]
+    model.save_pretrained(tmp_path)
+    made = ready(checkpoint=str(tmp_path), engine=engine)
+    try:
+        assert made.generator.generate(bench._fresh(made.trace)) == tokens
+    finally:
+        made.close()
+
+
 @pytest.mark.parametrize("damage", ["token", "length", "cache"])
 def test_a_wrong_engine_fails_the_check(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = ready()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from saih.errors import SaihError
 from workloads.llm import config, loader, metrics
 from workloads.llm import worker as worker_module
 from workloads.llm.engine import Engine
@@ -226,6 +228,52 @@ def test_blocks_that_visit_the_host_change_no_token(
     serve_all(worker_of(checkpoints["llama"], blocks=14, host=14), requests, moving)
     assert [request.generated for request in requests] == expected["llama"]
     assert moving.moved_blocks > 20
+
+
+def test_copies_that_nobody_can_make_are_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(SaihError, match=r"a step copies \d+ blocks from or to a host cache, and this worker has none"):
+        serve_all(worker_of(checkpoints["llama"], blocks=14), fresh_requests(), Moving())
+
+
+def test_followers_outlast_a_long_gap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    stage = Stage(config.preset("llama-tiny"), Mesh(tp=2), device="meta")
+    monkeypatch.setattr(dist, "new_group", lambda **more: asked.append(more["timeout"]))
+    Worker(stage, stage.new_kv(1))
+    assert asked[0].days >= 7
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_dies_is_told_to_the_other(dies: int, tmp_path: Path) -> None:
+    """By an error of ours, on the rank that decides and on the one that follows."""
+    context = torch.multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_dying, args=(rank, dies, str(tmp_path))) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode is not None, "hangs"
+    said = (tmp_path / "said").read_text()
+    assert said.startswith(f"rank {1 - dies} of the engine lost another rank"), said
+
+
+def _dying(rank: int, dies: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    stage = Stage(config.preset("llama-tiny"), Mesh.make(1, 2))
+    loader.random_init(stage, 1)
+    worker = Worker(stage, stage.new_kv(20, 4))
+    dist.barrier()
+    if rank == dies:
+        os._exit(3)
+    try:
+        if rank == 0:
+            serve_all(worker, [Request(n, [1, 2, 3], 8) for n in range(4)], FirstComeFirstServed(16, 4))
+        else:
+            worker.follow()
+    except SaihError as error:
+        Path(folder, "said").write_text(str(error))
+    os._exit(0)
 
 
 @pytest.mark.parametrize(("tp", "pp"), CUTS)

@@ -1,13 +1,16 @@
 """One rank's half of serving: run the steps that rank 0 decides, as integers that every rank receives."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from saih.errors import SaihError
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.attention import AttnMeta
 from workloads.llm.kv import PagedKV, copy_blocks
@@ -15,6 +18,8 @@ from workloads.llm.model import Stage
 from workloads.llm.sampling import choose, draw
 from workloads.llm.scheduler import BatchPlan
 
+IDLE = timedelta(days=7)
+"""How long followers wait for the next step: a trace may have long gaps. The death of a rank is noticed at once."""
 FIRST_WORDS = 1024
 """Size of the one message that carries most steps; what is longer follows in a second."""
 
@@ -65,13 +70,14 @@ class Worker:
 
     Activations go from each rank to the same tensor-parallel rank of the next stage; the last stage sends the chosen
     tokens to rank 0. Nothing waits for a send, so rank 0 may start a batch for each stage before the first returns.
+    Every method raises SaihError where another rank has ended.
     """
 
     def __init__(self, stage: Stage, kv: PagedKV, host_kv: PagedKV | None = None) -> None:
         self.stage, self.kv, self.host_kv = stage, kv, host_kv
         self.mesh = stage.mesh
         self._alone = self.mesh.tp * self.mesh.pp == 1
-        self._control = None if self._alone else dist.new_group(backend="gloo")
+        self._control = None if self._alone else dist.new_group(backend="gloo", timeout=IDLE)
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
     def follow(self) -> None:
@@ -84,6 +90,10 @@ class Worker:
         if self._alone:
             return
         words = torch.cat([_words(map(len, step)), *step])
+        with _others_live():
+            self._broadcast(words)
+
+    def _broadcast(self, words: Tensor) -> None:
         first = torch.zeros(FIRST_WORDS, dtype=torch.int32)
         first[: len(words)] = words[:FIRST_WORDS]
         for message in (first, words[FIRST_WORDS:].clone()):
@@ -92,18 +102,27 @@ class Worker:
 
     def _receive_step(self) -> Step:
         words = torch.empty(FIRST_WORDS, dtype=torch.int32)
-        dist.broadcast(words, 0, group=self._control)
+        with _others_live():
+            dist.broadcast(words, 0, group=self._control)
         lengths = words[: len(Step._fields)].tolist()
         total = len(lengths) + sum(lengths)
         if total > FIRST_WORDS:
             rest = torch.empty(total - FIRST_WORDS, dtype=torch.int32)
-            dist.broadcast(rest, 0, group=self._control)
+            with _others_live():
+                dist.broadcast(rest, 0, group=self._control)
             words = torch.cat([words, rest])
         return Step(*words[len(lengths) : total].split(lengths))
 
-    @torch.inference_mode()
     def run(self, step: Step) -> Tensor | None:
-        """This rank's share of a step; the chosen tokens [R] where the last stage's first rank is rank 0 itself."""
+        """This rank's share of a step; the chosen tokens [R] where the last stage's first rank is rank 0 itself.
+
+        Raises SaihError for a step that copies blocks where there is no host cache.
+        """
+        with _others_live():
+            return self._run(step)
+
+    @torch.inference_mode()
+    def _run(self, step: Step) -> Tensor | None:
         self._copy_blocks(step)
         device = self.stage.device
         tables = [table.tolist() for table in step.blocks.split(step.table_lengths_B.tolist())]
@@ -132,13 +151,15 @@ class Worker:
     def receive_tokens(self, count: int) -> Tensor:
         """On rank 0: what the last stage chose in the oldest step whose tokens were not received yet."""
         tokens_R = torch.empty(count, dtype=torch.int64)
-        dist.recv(tokens_R, (self.mesh.pp - 1) * self.mesh.tp, group=self._control)
+        with _others_live():
+            dist.recv(tokens_R, (self.mesh.pp - 1) * self.mesh.tp, group=self._control)
         return tokens_R
 
     def wait(self) -> None:
         """Until all that was sent has left."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        with _others_live():
+            while self._sent:
+                self._sent.popleft()[0].wait()
 
     def _receive_rows(self, rows: int) -> Tensor:
         h_TD = torch.empty(rows, self.stage.spec.hidden, dtype=self.stage.dtype, device=self.stage.device)
@@ -146,9 +167,13 @@ class Worker:
         return h_TD
 
     def _copy_blocks(self, step: Step) -> None:
-        if self.host_kv is not None:
-            copy_blocks(self.kv, self.host_kv, step.copies_out[0::2].tolist(), step.copies_out[1::2].tolist())
-            copy_blocks(self.host_kv, self.kv, step.copies_in[0::2].tolist(), step.copies_in[1::2].tolist())
+        planned = len(step.copies_out) + len(step.copies_in)
+        if not planned:
+            return
+        if self.host_kv is None:
+            raise SaihError(f"a step copies {planned // 2} blocks from or to a host cache, and this worker has none")
+        copy_blocks(self.kv, self.host_kv, step.copies_out[0::2].tolist(), step.copies_out[1::2].tolist())
+        copy_blocks(self.host_kv, self.kv, step.copies_in[0::2].tolist(), step.copies_in[1::2].tolist())
 
     def _keep(self, work: dist.Work | None, tensor: Tensor) -> None:
         """Holds on to what is being sent, and waits for the oldest when that is much."""
@@ -156,6 +181,20 @@ class Worker:
             self._sent.append((work, tensor))
         if len(self._sent) > 4 * self.mesh.pp:
             self._sent.popleft()[0].wait()
+
+
+@contextmanager
+def _others_live() -> Iterator[None]:
+    """Says in one line what gloo and NCCL say of a connection that broke."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise SaihError(
+            f"rank {dist.get_rank()} of the engine lost another rank, whose log says why: {reason}"
+        ) from error
 
 
 def _words(numbers: Iterable[int] | Sequence[int]) -> Tensor:

@@ -55,9 +55,9 @@ def hf_model(spec: ModelSpec, weights: Mapping[str, Tensor], dtype: torch.dtype,
 def hf_checkpoint(folder: str, dtype: torch.dtype, device: str) -> Any:
     """A model of transformers from a local folder."""
     transformers = _package("transformers")
-    return (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model.generation_config = transformers.GenerationConfig()  # a checkpoint's own would stop at its end token
+    return model.to(device).eval()
 
 
 def _package(name: str) -> Any:
