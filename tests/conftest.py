@@ -42,9 +42,7 @@ def require() -> Callable[[str], str]:
 def _package(name: str) -> ModuleType:
     if importlib.util.find_spec(name) is None:
         if os.environ.get("CI") == "true":
-            pytest.fail(
-                f"the {name} package is not installed, and CI must not skip this test: pip install 'saih[test]'"
-            )
+            pytest.fail(f"package {name} is not installed, and CI must not skip this test: pip install 'saih[test]'")
         pytest.skip(f"the {name} package is not installed")
     return importlib.import_module(name)
 

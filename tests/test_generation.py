@@ -17,6 +17,7 @@ from saih.timing import Unclocked
 from workloads.llm import config, loader, stepcost
 from workloads.llm.generation import bench, peers, spec
 from workloads.llm.model import Stage
+from workloads.llm.request import Request
 
 PEERS = [name for name in spec.ENGINES if name != "saih"]
 TINY = {
@@ -161,6 +162,39 @@ def test_the_plan_holds_the_batches_that_the_engine_runs(max_tokens: int) -> Non
     assert sum(batch.head_rows for batch in planned) == sum(request.max_new_tokens for request in made.trace)
 
 
+@pytest.mark.parametrize("batching", spec.BATCHINGS)
+@pytest.mark.parametrize("engine", spec.BATCHED)
+def test_however_a_peer_batches_it_gives_our_tokens(engine: str, batching: str, ours: list[list[int]]) -> None:
+    wanted(engine)
+    made = ready(engine=engine, batching=batching)
+    try:
+        assert made.generator.generate(made.trace) == ours
+    finally:
+        made.close()
+
+
+def test_which_requests_share_a_batch() -> None:
+    pairs = [(5, 1), (9, 8), (5, 9), (7, 2), (5, 7)]
+    requests = [Request(number, [1] * prompt, new) for number, (prompt, new) in enumerate(pairs)]
+    assert peers.batches_of(requests, "prompts", 2) == [[0, 2], [4, 3], [1]]
+    assert peers.batches_of(requests, "outputs", 2) == [[0, 3], [4, 1], [2]]
+    assert peers.batches_of(requests, "equal", 2) == [[0, 2], [4], [3], [1]]
+    assert peers.batches_of(requests, "together", 2) == [[0, 1, 2, 3, 4]]
+
+
+def test_requests_that_come_over_time_are_waited_for_and_their_latencies_told() -> None:
+    made = ready(rate_per_s=20.0)
+    arrivals = [request.arrival_s for request in made.trace]
+    assert arrivals == sorted(arrivals)
+    assert arrivals[-1] == pytest.approx(6 / 20)
+    check = made.check()
+    assert check.passed, check.why
+    assert 0 < check.numbers["ttft_p50_s"] <= check.numbers["ttft_p99_s"]
+    assert check.numbers["tpot_p50_s"] > 0
+    assert check.numbers["tokens_per_s"] < check.numbers["tokens"] / arrivals[-1]
+    assert max(request.arrival_s for request in ready().trace) == 0
+
+
 def test_a_trace_file_gives_the_lengths(tmp_path: Path) -> None:
     path = tmp_path / "azure.csv"
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,12,3\n2023-11-16 18:17:05,4,6\n")
@@ -176,6 +210,8 @@ def test_a_trace_file_gives_the_lengths(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"gpus": 2}, "runs on one rank"),
+        ({"batching": "outputs"}, "batching=outputs is for engine=hf-generate and ctranslate2"),
+        ({"engine": "hf-generate", "rate_per_s": 2.0}, "rate_per_s is for engine=saih"),
         ({"engine": "hf-generate", "task": "decode"}, "serves whole traces only"),
         ({"engine": "ctranslate2", "matrices": "plain"}, "matrices=plain is for engine=saih"),
         ({"task": "prefill"}, "takes requests of one length"),
