@@ -39,18 +39,13 @@ def require() -> Callable[[str], str]:
     return find
 
 
-def _package(name: str) -> ModuleType:
-    if importlib.util.find_spec(name) is None:
+def package(name: str, whole_module: bool = False) -> ModuleType:
+    """The package of this name; where it lacks the test (or its module) is skipped, or fails if CI=true."""
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
         if os.environ.get("CI") == "true":
             pytest.fail(f"package {name} is not installed, and CI must not skip this test: pip install 'saih[test]'")
-        pytest.skip(f"the {name} package is not installed")
+        pytest.skip(f"package {name} is not installed", allow_module_level=whole_module)
     return importlib.import_module(name)
-
-
-@pytest.fixture(scope="session")
-def require_package() -> Callable[[str], ModuleType]:
-    """`require_package("transformers")` is that package; where it lacks the test is skipped, or fails if CI=true."""
-    return _package
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from saih import workload
 from saih.core import Context, Place, Point, Work
 from saih.errors import SaihError
 from saih.timing import Unclocked
+from tests.conftest import package
 from workloads.llm import config, loader, stepcost
 from workloads.llm.generation import bench, peers, spec
 from workloads.llm.model import Stage
@@ -41,8 +41,9 @@ def ready(**settings: Any) -> Any:
 
 def wanted(name: str) -> None:
     """Skips where the package of a peer is missing, but not in CI."""
-    if os.environ.get("CI") != "true":
-        pytest.importorskip("ctranslate2" if name == "ctranslate2" else "transformers")
+    package("transformers")
+    if name == "ctranslate2":
+        package("ctranslate2")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from saih.errors import SaihError
+from tests.conftest import package
 from workloads.llm import config, loader, metrics
 from workloads.llm import worker as worker_module
 from workloads.llm.engine import Engine
@@ -34,7 +35,7 @@ CUTS = ((2, 2), (1, 4))
 
 
 def hf_config(family: str) -> Any:
-    transformers = pytest.importorskip("transformers")
+    transformers = package("transformers")
     common = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if family == "llama":
         return transformers.LlamaConfig(
@@ -75,7 +76,7 @@ def fresh_requests(sampling: Sampling = GREEDY) -> list[Request]:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder with random weights for each family."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    transformers = pytest.importorskip("transformers")
+    transformers = package("transformers")
     for family in FAMILIES:
         torch.manual_seed(1)
         transformers.AutoModelForCausalLM.from_config(hf_config(family)).save_pretrained(folder / family)
@@ -85,7 +86,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def expected(checkpoints: dict[str, Path]) -> dict[str, list[list[int]]]:
     """What generate says to each prompt by itself."""
-    transformers = pytest.importorskip("transformers")
+    transformers = package("transformers")
     found: dict[str, list[list[int]]] = {}
     for family, folder in checkpoints.items():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from saih.errors import SaihError
+from tests.conftest import package
 from workloads.llm.request import Request, Sampling
 from workloads.llm.sampling import choose, draw
 
@@ -28,7 +29,7 @@ def test_greedy_is_the_most_likely() -> None:
 @given(st.floats(0.05, 1.0), st.floats(0.2, 3.0), st.integers(0, 1000))
 def test_only_the_top_p_set_is_drawn(top_p: float, temperature: float, seed: int) -> None:
     """The set is that of transformers' own warpers."""
-    logits = pytest.importorskip("transformers.generation.logits_process")
+    logits = package("transformers.generation.logits_process")
     row_V = torch.randn(12, generator=torch.Generator().manual_seed(seed))
     warped_1V = logits.TopPLogitsWarper(top_p)(None, row_V[None] / temperature)
     allowed = set(torch.isfinite(warped_1V[0]).nonzero()[:, 0].tolist())

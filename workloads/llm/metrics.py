@@ -46,8 +46,8 @@ def bubble_s(requests: Iterable[Request], busy_s: Iterable[tuple[float, float]])
 def summary(requests: Sequence[Request], iterations: Sequence[Iteration]) -> dict[str, float]:
     """Every figure by name; latencies over all requests, then for each class that requests name.
 
-    `idle_s` is the time without any batch in flight while requests are there. Bubbles of pipeline stages are `bubble_s` of
-    each stage's own times.
+    `idle_s` is the time without any batch in flight while requests are there. Bubbles of pipeline stages are
+    `bubble_s` of each stage's own times.
     """
     figures = {
         "requests_served": float(sum(1 for each in requests if each.token_s)),
