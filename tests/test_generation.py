@@ -154,6 +154,13 @@ def test_one_step_alone_is_right_and_counted(task: str) -> None:
         ready(**settings | {"max_requests": 2, "new_tokens": 1})
 
 
+def test_smaller_blocks_need_no_more_memory_and_change_no_batch() -> None:
+    """Planning does not know the device: what it says with a CPU's blocks is right for a GPU's."""
+    cpu, gpu = (point(block_size=size).params for size in (0, 16))
+    assert spec.batches(cpu) == spec.batches(gpu)
+    assert spec.cost(cpu).device_bytes >= spec.cost(gpu).device_bytes
+
+
 @pytest.mark.parametrize("max_tokens", [8, 4096])
 def test_the_plan_holds_the_batches_that_the_engine_runs(max_tokens: int) -> None:
     made = ready(max_tokens=max_tokens)

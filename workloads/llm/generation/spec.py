@@ -269,9 +269,7 @@ def _cost(items: tuple[tuple[str, bool | int | float | str], ...]) -> Cost:
     spec, word, found = model(params), WORD[str(params["precision"])], batches(params)
     trace = rows(params, 0)
     weights = stepcost.parameters(spec) * word
-    size = block_size(
-        params, trace, "cpu"
-    )  # the largest blocks: a GPU's cache takes less, and its batches are the same
+    size = block_size(params, trace, "cpu")
     cache = blocks(params, trace, size) * size * stepcost.kv_bytes_per_token(spec, word)
     busiest = max(found, key=lambda batch: batch.rows)
     new = sum(batch.head_rows for batch in found)
@@ -279,6 +277,7 @@ def _cost(items: tuple[tuple[str, bool | int | float | str], ...]) -> Cost:
         flop=float(sum(stepcost.forward_flop(spec, batch) for batch in found)),
         work=float(busiest.rows if params["task"] == "prefill" else new),
         operations=tuple(each for batch in found for each in _operations(spec, batch, word)),
+        beside_s=trace[-1].arrival_s,
         parameters=stepcost.parameters(spec),
         device_bytes=3.0 * weights + cache + 2 * stepcost.activation_bytes(spec, busiest, word),
         setup_s=PEER_SETUP_S * (params["engine"] != "saih") + 2 * stepcost.parameters(spec) / RANDOM_PER_S,
