@@ -269,7 +269,7 @@ def _cost(items: tuple[tuple[str, bool | int | float | str], ...]) -> Cost:
     spec, word, found = model(params), WORD[str(params["precision"])], batches(params)
     trace = rows(params, 0)
     weights = stepcost.parameters(spec) * word
-    size = block_size(params, trace, "cpu")
+    size = block_size(params, trace, "cpu")  # a GPU's are smaller: no more memory, the same batches
     cache = blocks(params, trace, size) * size * stepcost.kv_bytes_per_token(spec, word)
     busiest = max(found, key=lambda batch: batch.rows)
     new = sum(batch.head_rows for batch in found)
