@@ -65,6 +65,20 @@ class Step(NamedTuple):
 STOP = Step(*[torch.zeros(0, dtype=torch.int32)] * len(Step._fields))
 
 
+@contextmanager
+def _others_live() -> Iterator[None]:
+    """Says in one line what gloo and NCCL say of a connection that broke."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise SaihError(
+            f"rank {dist.get_rank()} of the engine lost another rank, whose log says why: {reason}"
+        ) from error
+
+
 class Worker:
     """A stage and its cache. Rank 0's is driven by an engine, the others `follow`.
 
@@ -85,44 +99,37 @@ class Worker:
         while len((step := self._receive_step()).ids_T):
             self.run(step)
 
+    @_others_live()
     def send_step(self, step: Step) -> None:
         """On rank 0: tells all others what to run."""
         if self._alone:
             return
         words = torch.cat([_words(map(len, step)), *step])
-        with _others_live():
-            self._broadcast(words)
-
-    def _broadcast(self, words: Tensor) -> None:
         first = torch.zeros(FIRST_WORDS, dtype=torch.int32)
         first[: len(words)] = words[:FIRST_WORDS]
         for message in (first, words[FIRST_WORDS:].clone()):
             if len(message):
                 self._keep(dist.broadcast(message, 0, group=self._control, async_op=True), message)
 
+    @_others_live()
     def _receive_step(self) -> Step:
         words = torch.empty(FIRST_WORDS, dtype=torch.int32)
-        with _others_live():
-            dist.broadcast(words, 0, group=self._control)
+        dist.broadcast(words, 0, group=self._control)
         lengths = words[: len(Step._fields)].tolist()
         total = len(lengths) + sum(lengths)
         if total > FIRST_WORDS:
             rest = torch.empty(total - FIRST_WORDS, dtype=torch.int32)
-            with _others_live():
-                dist.broadcast(rest, 0, group=self._control)
+            dist.broadcast(rest, 0, group=self._control)
             words = torch.cat([words, rest])
         return Step(*words[len(lengths) : total].split(lengths))
 
+    @_others_live()
+    @torch.inference_mode()
     def run(self, step: Step) -> Tensor | None:
         """This rank's share of a step; the chosen tokens [R] where the last stage's first rank is rank 0 itself.
 
         Raises SaihError for a step that copies blocks where there is no host cache.
         """
-        with _others_live():
-            return self._run(step)
-
-    @torch.inference_mode()
-    def _run(self, step: Step) -> Tensor | None:
         self._copy_blocks(step)
         device = self.stage.device
         tables = [table.tolist() for table in step.blocks.split(step.table_lengths_B.tolist())]
@@ -148,18 +155,18 @@ class Worker:
         self._keep(dist.isend(tokens_R, 0, group=self._control), tokens_R)
         return None
 
+    @_others_live()
     def receive_tokens(self, count: int) -> Tensor:
         """On rank 0: what the last stage chose in the oldest step whose tokens were not received yet."""
         tokens_R = torch.empty(count, dtype=torch.int64)
-        with _others_live():
-            dist.recv(tokens_R, (self.mesh.pp - 1) * self.mesh.tp, group=self._control)
+        dist.recv(tokens_R, (self.mesh.pp - 1) * self.mesh.tp, group=self._control)
         return tokens_R
 
+    @_others_live()
     def wait(self) -> None:
         """Until all that was sent has left."""
-        with _others_live():
-            while self._sent:
-                self._sent.popleft()[0].wait()
+        while self._sent:
+            self._sent.popleft()[0].wait()
 
     def _receive_rows(self, rows: int) -> Tensor:
         h_TD = torch.empty(rows, self.stage.spec.hidden, dtype=self.stage.dtype, device=self.stage.device)
@@ -181,20 +188,6 @@ class Worker:
             self._sent.append((work, tensor))
         if len(self._sent) > 4 * self.mesh.pp:
             self._sent.popleft()[0].wait()
-
-
-@contextmanager
-def _others_live() -> Iterator[None]:
-    """Says in one line what gloo and NCCL say of a connection that broke."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise SaihError(
-            f"rank {dist.get_rank()} of the engine lost another rank, whose log says why: {reason}"
-        ) from error
 
 
 def _words(numbers: Iterable[int] | Sequence[int]) -> Tensor:

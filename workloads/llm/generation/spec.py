@@ -186,7 +186,7 @@ def rows(params: Params, seed: int) -> list[TraceRow]:
         return _at_rate(read_csv(Path(str(params["trace"]))), float(params["rate_per_s"]))
     prompts, outputs = (_lengths(params, name, seed) for name in ("prompt_tokens", "new_tokens"))
     gaps = random.Random(f"{seed} arrivals")  # noqa: S311
-    arrivals = accumulate([0.0, *(gaps.expovariate() for _ in prompts[1:])])
+    arrivals = accumulate([0.0, *(gaps.expovariate(1.0) for _ in prompts[1:])])
     return _at_rate(
         [TraceRow(*row) for row in zip(arrivals, prompts, outputs, strict=True)], float(params["rate_per_s"])
     )
