@@ -694,10 +694,11 @@ def test_a_clock_that_is_put_away_is_told_nothing_more() -> None:
     worker.put(Message(Kind.RUN, 0, (1,), torch.zeros(1, dtype=torch.int64)))
     assert clock.begun.wait(30)
     worker.use(Unclocked())
-    assert clock.entered == clock.left == 1
+    entered = clock.entered
+    assert clock.left == entered
     worker.put(Message(Kind.STOP, 1))
     worker.join(30)
-    assert clock.entered == 1
+    assert clock.entered == entered
     assert isinstance(worker._clock, Unclocked)
 
 
@@ -752,12 +753,12 @@ def test_bounds_of_packed_rows_are_ratios_of_the_flop_executed_in_the_study() ->
     """More tokens a second by so much, or a batch in so much of the time, if every FLOP takes as long."""
     study = yaml.safe_load((ROOT / "jobs/studies/energonai.yaml").read_text())["parts"]
     claims = {claim.name: claim for claim in spec.CLAIMS}
-    forms = {rung.label: rung.params for axis in spec.AXES if axis.name == "filled-up" for rung in axis.rungs}
+    forms = {rung.label: rung.params for axis in spec.AXES if axis.name == "filled_up" for rung in axis.rungs}
     size = {name: study["drce"]["set"][name] for name in ("batch", "length")} | {"batches": 1}
     for claim in (claim for name, claim in claims.items() if name.startswith("drce")):
         valid = int(claim.where["valid"]) / 100
         padded, packed = (
-            executed_flop(**size, valid=valid, **forms[side["filled-up"]])
+            executed_flop(**size, valid=valid, **forms[side["filled_up"]])
             for side in (claim.denominator, claim.numerator)
         )
         assert claim.bound == pytest.approx(padded / packed, rel=0.003)
@@ -771,11 +772,11 @@ def test_packed_rows_are_claimed_over_both_padded_forms() -> None:
     """Over the better one, that is; both targets are the same."""
     found = [claim for claim in spec.CLAIMS if claim.name.startswith("drce")]
     targets = {
-        form: {claim.where["valid"]: claim.target for claim in found if claim.denominator == {"filled-up": form}}
+        form: {claim.where["valid"]: claim.target for claim in found if claim.denominator == {"filled_up": form}}
         for form in ("rows", "rows-looped")
     }
     assert targets["rows"] == targets["rows-looped"] == {"26": 2.5, "48": 1.9, "68": 1.3}
-    assert {claim.numerator["filled-up"] for claim in found} == {"nothing"}
+    assert {claim.numerator["filled_up"] for claim in found} == {"nothing"}
 
 
 def test_the_bound_of_packed_rows_is_one_over_the_valid_share() -> None:

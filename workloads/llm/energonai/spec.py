@@ -84,7 +84,7 @@ AXES = (
         tuple(Rung(str(pp), {"pp": pp, "gpus": pp, "emulated_stage_ms": 80.0 / pp}, pp) for pp in (1, 2, 4, 8)),
     ),
     Axis(
-        "filled-up",
+        "filled_up",
         "",
         (
             Rung("nothing", {"rows": "packed", "attention": "loop"}, 0),
@@ -94,7 +94,7 @@ AXES = (
     ),
 )
 """On the stages axis a batch takes 80 ms through the whole model, however many stages share it; on the variation axis
-20 ms on each stage, on average. The filled-up axis has DRCE and the two systems without it: attention is one call for
+20 ms on each stage, on average. The filled_up axis has DRCE and the two systems without it: attention is one call for
 all sequences, or one call each as that of packed rows is; which is faster depends on the machine."""
 
 _DRCE = {"26": (2.5, 3.86), "48": (1.9, 2.09), "68": (1.3, 1.48)}
@@ -123,8 +123,8 @@ CLAIMS = (
             f"drce-{valid}{suffix}",
             f"valid tokens/s on tokens alone over filled-up rows (attention: {calls}), {valid} % valid; bound: FLOP",
             "work_per_s",
-            {"filled-up": "nothing"},
-            {"filled-up": filled},
+            {"filled_up": "nothing"},
+            {"filled_up": filled},
             target,
             where={"valid": valid},
             bound=bound,

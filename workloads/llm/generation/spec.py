@@ -91,7 +91,7 @@ AXES = (
         "engine",
         "",
         tuple(
-            Rung(label, settings, place)
+            Rung(label, {"batching": "prompts", "matrices": "prepacked"} | settings, place)
             for place, (label, settings) in enumerate(
                 {
                     "saih": {"engine": "saih"},
