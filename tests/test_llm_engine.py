@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -265,8 +266,12 @@ def _dying(rank: int, dies: int, folder: str) -> None:
     loader.random_init(stage, 1)
     worker = Worker(stage, stage.new_kv(20, 4))
     dist.barrier()
+    behind_the_barrier = Path(folder, "ready")
     if rank == dies:
+        while not behind_the_barrier.exists():
+            time.sleep(0.01)
         os._exit(3)
+    behind_the_barrier.touch()
     try:
         if rank == 0:
             serve_all(worker, [Request(n, [1, 2, 3], 8) for n in range(4)], FirstComeFirstServed(16, 4))
