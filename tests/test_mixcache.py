@@ -334,7 +334,8 @@ def test_alignment_is_the_share_of_words_that_the_probe_reads(tmp_path: Path) ->
     read = []
     for place in range(3):
         prompt = toy.words.prompt(7 + place)
-        video = toy.pixels(toy.loop().generate(toy.request(prompt, (8, 24, 24), 10, float(told["guidance"]), 7 + place)).latents)
+        request = toy.request(prompt, (8, 24, 24), 10, float(told["guidance"]), 7 + place)
+        video = toy.pixels(toy.loop().generate(request).latents)
         read.append(probe.alignment(probe.read(video[:, 0][None])[0], prompt))
     assert ready.check().numbers["alignment"] == pytest.approx(np.mean(read))
 
