@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
@@ -35,6 +37,15 @@ def require() -> Callable[[str], str]:
         return path
 
     return find
+
+
+def package(name: str, whole_module: bool = False) -> ModuleType:
+    """The package of this name; where it lacks the test (or its module) is skipped, or fails if CI=true."""
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"package {name} is not installed, and CI must not skip this test: pip install 'saih[test]'")
+        pytest.skip(f"package {name} is not installed", allow_module_level=whole_module)
+    return importlib.import_module(name)
 
 
 @pytest.fixture

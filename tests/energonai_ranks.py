@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,8 @@ from saih.errors import SaihError
 from workloads.llm.attention import AttnMeta
 from workloads.llm.config import preset
 from workloads.llm.energonai.engine import Batch, Engine
+from workloads.llm.energonai.handoff import Outbox
+from workloads.llm.energonai.message import Kind
 from workloads.llm.energonai.stages import ComputedStage, EmulatedStage, Job
 from workloads.llm.energonai.worker import Worker
 from workloads.llm.loader import random_init
@@ -32,6 +37,15 @@ CUTS = ((1, 4), (2, 2), (4, 1))
 """tp, pp"""
 LENS = ((5, 1, 9), (1,), (4, 4, 4), (12, 2), (3, 7, 1, 2), (1, 1), (16,), (2, 11))
 """More batches than tickets, of every kind: one token, all equal, one full, different from their neighbours."""
+
+BAD = {
+    f"id {SPEC.vocab} is outside the vocabulary: 0 to {SPEC.vocab - 1}": Batch((2,), torch.tensor([1, SPEC.vocab])),
+    f"id -1 is outside the vocabulary: 0 to {SPEC.vocab - 1}": Batch((2,), torch.tensor([-1, 1])),
+    f"a sequence of {SPEC.max_positions + 1} tokens; the model has {SPEC.max_positions} positions": Batch(
+        (1, SPEC.max_positions + 1), torch.ones(SPEC.max_positions + 2, dtype=torch.int64)
+    ),
+}
+"""Batches that the model cannot take, and what is said to them."""
 
 
 def batches() -> list[Batch]:
@@ -47,9 +61,11 @@ def expected() -> list[Tensor]:
         return [stage(batch.ids_T, AttnMeta.packed(batch.lens)) for batch in batches()]
 
 
-def join(rank: int, folder: str, ranks: int) -> None:
+def join(rank: int, folder: str, ranks: int, at_most_s: float = 30) -> None:
+    """Ranks meet. One that takes longer from then on hangs: it tells where its threads are and exits with 1."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    faulthandler.dump_traceback_later(at_most_s, exit=True)
 
 
 def worker_of(mesh: Mesh, depth: int, emulated: bool = False) -> Worker:
@@ -73,20 +89,20 @@ def all_at_once(engine: Engine, wanted: Sequence[Batch], padded: bool, every_row
 
 def grid(rank: int, folder: str) -> None:
     """Four ranks, every cut, both hand-offs, both forms of rows, while every rank picks commands up at random."""
-    join(rank, folder, 4)
-    found = {}
+    join(rank, folder, 4, at_most_s=120)
+    found: dict[str, list[float]] = {}
     for tp, pp in CUTS:
         mesh = Mesh.make(tp, pp)
         for depth in (0, 2):
             threads = threading.active_count()
             worker = worker_of(mesh, depth)
             worker.pickup_delay_s = 0.01
+            sent, summed = counted("send", mesh.pp_group), counted("all_reduce", mesh.tp_group)
             if rank == 0:
                 found[f"tp={tp} pp={pp} depth={depth}"] = compared(Engine(worker))
             else:
                 worker.follow()
-                worker.wait_for(3 * len(LENS))
-                worker.join()
+            found[f"bytes tp={tp} pp={pp} depth={depth}"] = [sum(sent), sum(summed)]
             ended = time.monotonic() + 5
             while threading.active_count() > threads and time.monotonic() < ended:
                 time.sleep(0.01)
@@ -108,6 +124,19 @@ def compared(engine: Engine) -> list[float]:
         float(all(torch.equal(a, b) for a, b in zip(packed, padded, strict=True))),
         _far(last, ends),
     ]
+
+
+def counted(name: str, group: Any) -> list[int]:
+    """Bytes of every tensor that goes through this function of torch.distributed to this group from now on."""
+    whole, found = getattr(dist, name), list[int]()
+
+    def count(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if group is not None and kwargs.get("group") is group:
+            found.append(x.nbytes)
+        return whole(x, *args, **kwargs)
+
+    setattr(dist, name, count)
+    return found
 
 
 def _far(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -135,7 +164,7 @@ def accident(rank: int, folder: str, kind: str, depth: int) -> None:
             engine = Engine(worker)
             engine.run(batches()[0]).result()  # the pipeline works
         else:
-            worker.follow()
+            worker.start_following()
             worker.wait_for(1)
         began_s = time.monotonic()
         if kind == f"kill {rank}":
@@ -159,3 +188,166 @@ def accident(rank: int, folder: str, kind: str, depth: int) -> None:
     worker.join()
     sys.stdout.flush()
     os._exit(0)  # threads may wait for the one that is gone
+
+
+class FatalStage(EmulatedStage):
+    """Ends its process at the second batch."""
+
+    def __call__(self, job: Job, x_TD: Tensor | None) -> Tensor:
+        if job.command.ticket == 1:
+            die()
+        return super().__call__(job, x_TD)
+
+
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def closing(rank: int, folder: str, kind: str) -> None:
+    """A pipeline of three whose engine closes at once behind its batches, while rank 1 goes wrong."""
+    join(rank, folder, 3)
+    worker = worker_of(Mesh.make(1, 3), 2, emulated=True)
+    if rank == 1 and kind == "stop":
+        put = worker.put
+        worker.put = lambda command: die() if command.kind == Kind.STOP else put(command)  # type: ignore[method-assign]
+    elif rank == 1:
+        worker.stage = {"broken": BrokenStage, "kill": FatalStage}[kind](8, last=False)
+    tell(rank, folder, worker, lambda engine: [engine.run(batches()[3]) for _ in range(4)])
+
+
+def death_in_a_sum(rank: int, folder: str) -> None:
+    """Rank 3, of the second stage, dies in the second batch's sums, where rank 2 waits for it."""
+    join(rank, folder, 4)
+    worker = worker_of(Mesh.make(2, 2), 2)
+    whole, sums = dist.all_reduce, 0
+
+    def fatal(*args: Any, **kwargs: Any) -> Any:
+        nonlocal sums
+        sums += 1
+        return die() if sums > SPEC.layers + 2 else whole(*args, **kwargs)  # a batch has two a layer
+
+    if rank == 3:
+        dist.all_reduce = fatal
+    tell(rank, folder, worker, lambda engine: [engine.run(batch) for batch in batches()[:4]])
+
+
+def tell(rank: int, folder: str, worker: Worker, submit: Callable[[Engine], Sequence[Future[Tensor]]]) -> None:
+    """Write what this rank was told, and on the first what became of each batch when the engine has closed."""
+    told = ["nothing"]
+    if rank == 0:
+        engine = Engine(worker)
+        futures = submit(engine)
+        engine.close()
+        told = [worker.failure, *(str(future.exception(timeout=0) or "done") for future in futures)]
+    else:
+        try:
+            worker.follow()
+        except SaihError as error:
+            told = [str(error)]
+    (Path(folder) / f"told{rank}.json").write_text(json.dumps(told))
+    os._exit(0)  # threads may wait for the one that is gone
+
+
+class GatedStage(EmulatedStage):
+    """Computes nothing before the gate opens."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__(8, last)
+        self.gate = threading.Event()
+
+    def __call__(self, job: Job, x_TD: Tensor | None) -> Tensor:
+        self.gate.wait()
+        return super().__call__(job, x_TD)
+
+
+def handoffs(rank: int, folder: str) -> None:
+    """Two stages, the second of which does not receive, or does not compute, until the first has been looked at."""
+    join(rank, folder, 2, at_most_s=60)
+    mesh = Mesh.make(1, 2)
+    found: dict[str, Any] = {f"outbox {depth}": outbox(mesh, depth) for depth in (0, 1, 3)}
+    for depth in (0, 1, 2):
+        found[f"pipeline {depth}"] = pipeline(mesh, depth, blocking=False)
+    found["pipeline blocking"] = pipeline(mesh, 0, blocking=True)
+    (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def settled(count: Callable[[], int], least: int) -> int:
+    """What it has counted to when it counts no further: at least so far, sooner or later, and then for a while."""
+    while count() < least:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    return count()
+
+
+def outbox(mesh: Mesh, depth: int) -> list[int]:
+    """Sends that have returned, of six, when 0, 1 and 2 were received."""
+    if mesh.pp_rank == 1:
+        for tensors in (0, 1, 1, 4):
+            for _ in range(tensors):
+                dist.recv(torch.empty(3), group=mesh.pp_group, group_src=0)
+            dist.barrier()
+        return []
+    box, returned = Outbox(1, mesh.pp_group, depth), 0
+
+    def send() -> None:
+        nonlocal returned
+        for _ in range(6):
+            box.send(torch.zeros(3))
+            returned += 1
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    found = []
+    for received in range(3):
+        found.append(settled(lambda: returned, depth + received))
+        dist.barrier()
+    dist.barrier()
+    sender.join()
+    box.close()
+    return found
+
+
+def pipeline(mesh: Mesh, depth: int, blocking: bool) -> list[int]:
+    """Of eight batches: executed on the first stage, and under way, while the second stage is at its first."""
+    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
+    stage = GatedStage(last=mesh.pp_rank == 1)
+    worker = Worker(stage, mesh, control, depth=depth)
+    if mesh.pp_rank == 1:
+        worker.start_following()
+        dist.barrier()
+        stage.gate.set()
+        worker.join()
+        return []
+    stage.gate.set()
+    engine, futures = Engine(worker, blocking=blocking), list[Future[Tensor]]()
+    user = threading.Thread(target=lambda: futures.extend(engine.run(batch) for batch in batches()))
+    user.start()
+    executed = settled(lambda: worker._executed, 1 + 2 * depth)
+    under_way = settled(lambda: len(engine._waiting), 1 if blocking else len(LENS))
+    dist.barrier()
+    user.join()
+    engine.close()
+    return [executed, under_way]
+
+
+def refusals(rank: int, folder: str, tp: int) -> None:
+    """What the engine says to each bad batch, and to a good one behind them."""
+    if tp > 1:
+        join(rank, folder, tp)
+    mesh = Mesh.make(tp, 1)
+    stage = Stage(SPEC, mesh)
+    random_init(stage, seed=1)
+    worker = Worker(ComputedStage(stage), mesh, dist.new_group(backend="gloo") if tp > 1 else None, depth=0)
+    if rank:
+        worker.follow()
+        return
+    engine, told = Engine(worker), list[str]()
+    for batch in (*BAD.values(), batches()[0]):
+        try:
+            engine.run(batch).result()
+            told.append("served")
+        except SaihError as error:
+            told.append(str(error))
+    engine.close()
+    (Path(folder) / "told.json").write_text(json.dumps(told))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,15 +34,19 @@ from workloads.llm import stepcost
 from workloads.llm.attention import AttnMeta
 from workloads.llm.config import preset
 from workloads.llm.energonai import bench, overlap, spec, timeline, window
+from workloads.llm.energonai import engine as engine_module
 from workloads.llm.energonai.consistency import ConsistencyQueue
 from workloads.llm.energonai.engine import Batch, Engine
-from workloads.llm.energonai.handoff import ahead
+from workloads.llm.energonai.handoff import Outbox, ahead
 from workloads.llm.energonai.message import Kind, Message
 from workloads.llm.energonai.stages import EmulatedStage
 from workloads.llm.energonai.worker import Worker
 from workloads.llm.loader import random_init
 from workloads.llm.model import Stage
 from workloads.llm.shard import Mesh
+
+ROOT = Path(bench.__file__).parents[3]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 # -- Tickets -----------------------------------------------------------------------------------------------------------
 
@@ -105,17 +112,34 @@ def test_a_ticket_is_executed_with_its_own_lengths_whoever_picked_it_up() -> Non
     }
 
 
-def test_the_documented_serial_code_runs() -> None:
+def documented() -> list[str]:
+    """The programs of the page: on one rank, on two."""
     page = (Path(bench.__file__).parent / "README.md").read_text()
-    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    told = subprocess.run(
-        [sys.executable, "-c", code + "\nprint(tuple(logits_BV.shape), tuple(second.result(0).shape))"],
-        cwd=Path(bench.__file__).parents[3],
-        capture_output=True,
-        text=True,
-        check=False,
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def told_by(*command: str) -> tuple[str, str, int]:
+    run = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120
     )
-    assert (told.stdout, told.stderr) == ("(2, 512) (1, 512)\n", "")
+    return run.stdout, run.stderr, run.returncode
+
+
+def test_the_documented_serial_code_runs() -> None:
+    code = documented()[0] + "\nprint(tuple(logits_BV.shape), tuple(second.result(0).shape))"
+    assert told_by("-c", code) == ("(2, 512) (1, 512)\n", "", 0)
+
+
+def test_the_documented_code_of_two_ranks_runs_and_says_what_one_rank_says(tmp_path: Path) -> None:
+    (tmp_path / "serve.py").write_text(documented()[1])
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    out, err, code = told_by(*launcher, str(tmp_path / "serve.py"))
+    assert code == 0, err
+    stage = Stage(preset("gpt-tiny"))
+    random_init(stage, seed=0)
+    with torch.inference_mode():
+        alone = [stage(torch.arange(n), AttnMeta.packed((n,)))[-1].argmax().item() for n in (3, 1, 2)]
+    assert out == f"{alone}\n"
 
 
 @pytest.fixture
@@ -131,6 +155,30 @@ def test_what_cannot_be_a_batch_is_refused(alone: Engine) -> None:
             alone.run(Batch(lens, torch.zeros(ids, dtype=torch.int64)))
     with pytest.raises(SaihError, match="3 ids whose lengths add up to 4"):
         alone.run(Batch((4,), torch.zeros(3, dtype=torch.int64)))
+    for ids in (torch.zeros(4), torch.zeros(4, 1, dtype=torch.int64)):
+        with pytest.raises(SaihError, match=re.escape(f"{ids.dtype} and shape {tuple(ids.shape)}; they must be int64")):
+            alone.run(Batch((4,), ids))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_batch_the_model_cannot_take_is_refused_and_the_next_one_served(tp: int, tmp_path: Path) -> None:
+    """With two ranks an id that neither has would be a row of zeros."""
+    assert run_ranks(ranks.refusals, tp, tmp_path, tp) == [0] * tp
+    assert json.loads((tmp_path / "told.json").read_text()) == [*ranks.BAD, "served"]
+
+
+def test_a_future_cannot_be_cancelled(alone: Engine) -> None:
+    future = alone.run(Batch((2,), torch.tensor([5, 6]), emulated_us=50_000))
+    assert not future.cancel()
+    assert future.result(30)[0, 0] == 7.0
+
+
+def test_whatever_fails_in_the_engine_fails_the_engine(alone: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that ended without a word would leave futures without a result."""
+    monkeypatch.setattr(engine_module, "receive", lambda rank, group: Message(Kind.RESULT, 3))
+    alone._listen(1)
+    with pytest.raises(SaihError, match="rank 0 failed: KeyError: 3"):
+        alone.run(Batch((1,), torch.tensor([5])))
 
 
 def test_more_batches_under_way_than_tickets_are_refused(alone: Engine) -> None:
@@ -187,6 +235,21 @@ def test_ahead_runs_ahead_and_says_what_failed() -> None:
     assert next(items) == 1
     with pytest.raises(ConnectionError, match="gone"):
         next(items)
+
+
+def test_an_outbox_tells_at_the_latest_when_it_closes_what_sending_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = threading.Event()
+
+    def gone(*_: object, **__: object) -> None:
+        last.wait(30)
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(torch.distributed, "send", gone)
+    box = Outbox(1, None, depth=2)
+    box.send(torch.zeros(1))
+    last.set()
+    with pytest.raises(ConnectionError, match="gone"):
+        box.close()
 
 
 @dataclass
@@ -321,10 +384,25 @@ def test_durations_have_the_mean_asked_for(kind: str) -> None:
 # -- Ranks -------------------------------------------------------------------------------------------------------------
 
 
+def run_ranks(target: Callable[..., None], count: int, folder: Path, *args: object) -> list[int | None]:
+    """Exit codes of so many processes that run `target(rank, folder, *args)`; those that hang end themselves."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=target, args=(rank, str(folder), *args)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    ended_s = time.monotonic() + 180
+    for process in processes:
+        process.join(max(0.0, ended_s - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[float]]]:
     folder = tmp_path_factory.mktemp("grid")
-    torch.multiprocessing.spawn(ranks.grid, (str(folder),), nprocs=4)  # type: ignore[attr-defined,no-untyped-call]
+    assert run_ranks(ranks.grid, 4, folder) == [0] * 4
     return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(4)]
 
 
@@ -349,18 +427,13 @@ def test_closing_ends_every_thread(four_ranks: list[dict[str, list[float]]], tp:
     ("kind", "depth", "told"),
     [
         ("kill 1", 2, "rank 1 died: its connection was closed"),
+        ("kill 2", 2, "rank 2 died: its connection was closed"),
         ("kill 0", 0, "rank 0, the engine, is gone"),
         ("broken", 0, "rank 1 failed: ValueError: no room"),
     ],
 )
 def test_every_rank_is_told_within_seconds_what_went_wrong(kind: str, depth: int, told: str, tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=ranks.accident, args=(rank, str(tmp_path), kind, depth)) for rank in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    codes = [process.exitcode for process in processes]
+    codes = run_ranks(ranks.accident, 3, tmp_path, kind, depth)
     survivors = [rank for rank in range(3) if kind != f"kill {rank}"]
     assert codes == [0 if rank in survivors else -9 for rank in range(3)]
     for rank in survivors:
@@ -369,6 +442,76 @@ def test_every_rank_is_told_within_seconds_what_went_wrong(kind: str, depth: int
         assert after_s < 10
     if 0 in survivors:
         assert json.loads((tmp_path / "later.json").read_text()) == told
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "undone"),
+    [
+        ("broken", "rank 1 failed: ValueError: no room", 3),
+        ("kill", "rank 1 died: its connection was closed", 3),
+        ("stop", "rank 1 died: its connection was closed", 0),
+    ],
+)
+def test_what_goes_wrong_while_the_engine_closes_is_told_everywhere(
+    kind: str, told: str, undone: int, tmp_path: Path
+) -> None:
+    """In a batch submitted before, or behind the last of them."""
+    codes = run_ranks(ranks.closing, 3, tmp_path, kind)
+    assert codes == [0, 0 if kind == "broken" else -9, 0]
+    first, *futures = json.loads((tmp_path / "told0.json").read_text())
+    assert first == told
+    assert futures[4 - undone :] == [told] * undone
+    assert set(futures[: 4 - undone]) <= ({"done", told} if undone else {"done"})
+    for rank in (1, 2) if kind == "broken" else (2,):
+        assert json.loads((tmp_path / f"told{rank}.json").read_text()) == [told]
+
+
+def test_a_rank_that_dies_in_a_sum_is_named_everywhere(tmp_path: Path) -> None:
+    """Its neighbour's sum fails too, and the stage before it cannot hand over: neither is to blame."""
+    assert run_ranks(ranks.death_in_a_sum, 4, tmp_path) == [0, 0, 0, -9]
+    told = [json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in range(3)]
+    died = "rank 3 died: its connection was closed"
+    assert [each[0] for each in told] == [died] * 3
+    assert told[0][2:] == [died] * 3
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize(("tp", "pp"), ranks.CUTS)
+def test_hand_offs_and_sums_carry_the_rows_asked_for(
+    four_ranks: list[dict[str, list[float]]], tp: int, pp: int, depth: int
+) -> None:
+    """Every batch goes through once packed, tokens alone, and twice padded, filled up to the longest."""
+    rows = sum(sum(lens) + 2 * max(lens) * len(lens) for lens in ranks.LENS)
+    row_bytes, layers = 4 * ranks.SPEC.hidden, ranks.SPEC.layers // pp
+    for rank, found in enumerate(four_ranks):
+        stage = rank // tp
+        sends = 1 if stage < pp - 1 else 0
+        sums = 2 * layers + (1 if stage == 0 else 0) if tp > 1 else 0  # two a layer, one for the embedding
+        assert found[f"bytes tp={tp} pp={pp} depth={depth}"] == [sends * rows * row_bytes, sums * rows * row_bytes]
+
+
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+    folder = tmp_path_factory.mktemp("handoffs")
+    assert run_ranks(ranks.handoffs, 2, folder) == [0, 0]
+    found: dict[str, list[int]] = json.loads((folder / "found0.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_a_send_returns_when_fewer_than_depth_are_not_taken(two_stages: dict[str, list[int]], depth: int) -> None:
+    """With depth 0, only when the neighbour has taken it."""
+    assert two_stages[f"outbox {depth}"] == [depth, depth + 1, depth + 2]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_stage_gets_ahead_of_the_next_by_what_both_may_keep(two_stages: dict[str, list[int]], depth: int) -> None:
+    """The one that the next stage is at, those it has received ahead, those that wait here. All are submitted."""
+    assert two_stages[f"pipeline {depth}"] == [1 + 2 * depth, len(ranks.LENS)]
+
+
+def test_a_blocking_engine_has_one_batch_under_way(two_stages: dict[str, list[int]]) -> None:
+    assert two_stages["pipeline blocking"] == [1, 1]
 
 
 # -- The workload ------------------------------------------------------------------------------------------------------
@@ -529,9 +672,40 @@ def test_the_clock_of_a_step_is_put_away_behind_it() -> None:
     assert isinstance(ready.worker._clock, Unclocked)
 
 
+class SlowClock:
+    """Takes its time when the executor calls."""
+
+    def __init__(self) -> None:
+        self.begun, self.entered, self.left = threading.Event(), 0, 0
+
+    def enter(self, phase: str) -> None:
+        if threading.current_thread().name != "executor":
+            return
+        self.entered += 1
+        self.begun.set()
+        time.sleep(0.3)
+        self.left += 1
+
+
+def test_a_clock_that_is_put_away_is_told_nothing_more() -> None:
+    worker, clock = Worker(EmulatedStage(4, last=True), Mesh(), None, depth=0), SlowClock()
+    worker.start(lambda ticket, result: None, pytest.fail)
+    worker.use(clock)
+    worker.put(Message(Kind.RUN, 0, (1,), torch.zeros(1, dtype=torch.int64)))
+    assert clock.begun.wait(30)
+    worker.use(Unclocked())
+    entered = clock.entered
+    assert clock.left == entered
+    worker.put(Message(Kind.STOP, 1))
+    worker.join(30)
+    assert clock.entered == entered
+    assert isinstance(worker._clock, Unclocked)
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
+        ({"batches": 10_000}, "batches=10000: at most 9999, for there are 10000 tickets"),
         ({"gpus": 4, "tp": 2}, "tp=2 x pp=1 needs 2 ranks; nodes x gpus = 4"),
         ({"gpus": 3, "pp": 2}, "tp=1 x pp=2 needs 2 ranks; nodes x gpus = 3"),
         ({"gpus": 8}, "4 heads and 256 MLP columns cannot be cut over tp=8"),
@@ -569,6 +743,40 @@ def test_products_of_a_window_are_those_that_torch_counts(rows: str) -> None:
     operations = spec.cost(params(**changes)).operations
     attention = [operation.flop for operation in operations[2::7]][: model.layers]
     assert sum(operation.flop for operation in operations) - sum(attention) == sum(products.values())
+
+
+def executed_flop(**changes: Any) -> float:
+    return sum(operation.flop for operation in spec.cost(params(model="gpt-mini", gpus=2, **changes)).operations)
+
+
+def test_bounds_of_packed_rows_are_ratios_of_the_flop_executed_in_the_study() -> None:
+    """More tokens a second by so much, or a batch in so much of the time, if every FLOP takes as long."""
+    study = yaml.safe_load((ROOT / "jobs/studies/energonai.yaml").read_text())["parts"]
+    claims = {claim.name: claim for claim in spec.CLAIMS}
+    forms = {rung.label: rung.params for axis in spec.AXES if axis.name == "filled_up" for rung in axis.rungs}
+    size = {name: study["drce"]["set"][name] for name in ("batch", "length")} | {"batches": 1}
+    for claim in (claim for name, claim in claims.items() if name.startswith("drce")):
+        valid = int(claim.where["valid"]) / 100
+        padded, packed = (
+            executed_flop(**size, valid=valid, **forms[side["filled_up"]])
+            for side in (claim.denominator, claim.numerator)
+        )
+        assert claim.bound == pytest.approx(padded / packed, rel=0.003)
+        assert padded / packed > 1 / valid
+    size = {name: study["tp-latency"]["set"][name] for name in ("batch", "length", "valid")} | {"batches": 1}
+    ratio = executed_flop(**size, rows="packed") / executed_flop(**size, rows="padded")
+    assert claims["tp-latency"].bound == pytest.approx(ratio, rel=0.003)
+
+
+def test_packed_rows_are_claimed_over_both_padded_forms() -> None:
+    """Over the better one, that is; both targets are the same."""
+    found = [claim for claim in spec.CLAIMS if claim.name.startswith("drce")]
+    targets = {
+        form: {claim.where["valid"]: claim.target for claim in found if claim.denominator == {"filled_up": form}}
+        for form in ("rows", "rows-looped")
+    }
+    assert targets["rows"] == targets["rows-looped"] == {"26": 2.5, "48": 1.9, "68": 1.3}
+    assert {claim.numerator["filled_up"] for claim in found} == {"nothing"}
 
 
 def test_the_bound_of_packed_rows_is_one_over_the_valid_share() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from saih import workload
 from saih.core import Context, Place, Point, Work
 from saih.errors import SaihError
 from saih.timing import Unclocked
+from tests.conftest import package
 from workloads.llm import config, loader, stepcost
 from workloads.llm.generation import bench, peers, spec
 from workloads.llm.model import Stage
+from workloads.llm.request import Request
 
 PEERS = [name for name in spec.ENGINES if name != "saih"]
 TINY = {
@@ -40,8 +41,9 @@ def ready(**settings: Any) -> Any:
 
 def wanted(name: str) -> None:
     """Skips where the package of a peer is missing, but not in CI."""
-    if os.environ.get("CI") != "true":
-        pytest.importorskip("ctranslate2" if name == "ctranslate2" else "transformers")
+    package("transformers")
+    if name == "ctranslate2":
+        package("ctranslate2")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def ours() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("shape", ["llama-tiny", "gpt-tiny", "opt-tiny"])
-@pytest.mark.parametrize(("precision", "matrices"), [("fp32", "packed"), ("fp32", "plain"), ("bf16", "packed")])
+@pytest.mark.parametrize(("precision", "matrices"), [("fp32", "prepacked"), ("fp32", "plain"), ("bf16", "prepacked")])
 def test_our_engine_passes_its_check(shape: str, precision: str, matrices: str) -> None:
     made = ready(shape=shape, precision=precision, matrices=matrices, max_tokens=8)
     check = made.check()
@@ -97,6 +99,24 @@ def test_a_checkpoint_takes_the_place_of_random_weights(tmp_path: Path) -> None:
     assert one == other
 
 
+@pytest.mark.parametrize("engine", PEERS)
+def test_the_end_token_of_a_checkpoint_stops_no_engine(engine: str, tmp_path: Path) -> None:
+    wanted(engine)
+    stage = Stage(config.preset("llama-tiny"))
+    loader.random_init(stage, 2)
+    model = peers.hf_model(stage.spec, loader.state_dict(stage), torch.float32, "cpu")
+    model.save_pretrained(tmp_path)
+    ours = ready(checkpoint=str(tmp_path))
+    tokens = ours.generator.generate(bench._fresh(ours.trace))
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokens[0][0]
+    model.save_pretrained(tmp_path)
+    made = ready(checkpoint=str(tmp_path), engine=engine)
+    try:
+        assert made.generator.generate(bench._fresh(made.trace)) == tokens
+    finally:
+        made.close()
+
+
 @pytest.mark.parametrize("damage", ["token", "length", "cache"])
 def test_a_wrong_engine_fails_the_check(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = ready()
@@ -134,6 +154,13 @@ def test_one_step_alone_is_right_and_counted(task: str) -> None:
         ready(**settings | {"max_requests": 2, "new_tokens": 1})
 
 
+def test_smaller_blocks_need_no_more_memory_and_change_no_batch() -> None:
+    """Planning does not know the device: what it says with a CPU's blocks is right for a GPU's."""
+    cpu, gpu = (point(block_size=size).params for size in (0, 16))
+    assert spec.batches(cpu) == spec.batches(gpu)
+    assert spec.cost(cpu).device_bytes >= spec.cost(gpu).device_bytes
+
+
 @pytest.mark.parametrize("max_tokens", [8, 4096])
 def test_the_plan_holds_the_batches_that_the_engine_runs(max_tokens: int) -> None:
     made = ready(max_tokens=max_tokens)
@@ -141,6 +168,39 @@ def test_the_plan_holds_the_batches_that_the_engine_runs(max_tokens: int) -> Non
     ran = [iteration.load for iteration in made.generator.engine.serve(bench._fresh(made.trace))]
     assert [batch.rows for batch in planned] == [load.decodes + load.prefill_tokens for load in ran]
     assert sum(batch.head_rows for batch in planned) == sum(request.max_new_tokens for request in made.trace)
+
+
+@pytest.mark.parametrize("batching", spec.BATCHINGS)
+@pytest.mark.parametrize("engine", spec.BATCHED)
+def test_however_a_peer_batches_it_gives_our_tokens(engine: str, batching: str, ours: list[list[int]]) -> None:
+    wanted(engine)
+    made = ready(engine=engine, batching=batching)
+    try:
+        assert made.generator.generate(made.trace) == ours
+    finally:
+        made.close()
+
+
+def test_which_requests_share_a_batch() -> None:
+    pairs = [(5, 1), (9, 8), (5, 9), (7, 2), (5, 7)]
+    requests = [Request(number, [1] * prompt, new) for number, (prompt, new) in enumerate(pairs)]
+    assert peers.batches_of(requests, "prompts", 2) == [[0, 2], [4, 3], [1]]
+    assert peers.batches_of(requests, "outputs", 2) == [[0, 3], [4, 1], [2]]
+    assert peers.batches_of(requests, "equal", 2) == [[0, 2], [4], [3], [1]]
+    assert peers.batches_of(requests, "together", 2) == [[0, 1, 2, 3, 4]]
+
+
+def test_requests_that_come_over_time_are_waited_for_and_their_latencies_told() -> None:
+    made = ready(rate_per_s=20.0)
+    arrivals = [request.arrival_s for request in made.trace]
+    assert arrivals == sorted(arrivals)
+    assert arrivals[-1] == pytest.approx(6 / 20)
+    check = made.check()
+    assert check.passed, check.why
+    assert 0 < check.numbers["ttft_p50_s"] <= check.numbers["ttft_p99_s"]
+    assert check.numbers["tpot_p50_s"] > 0
+    assert check.numbers["tokens_per_s"] < check.numbers["tokens"] / arrivals[-1]
+    assert max(request.arrival_s for request in ready().trace) == 0
 
 
 def test_a_trace_file_gives_the_lengths(tmp_path: Path) -> None:
@@ -158,6 +218,8 @@ def test_a_trace_file_gives_the_lengths(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"gpus": 2}, "runs on one rank"),
+        ({"batching": "outputs"}, "batching=outputs is for engine=hf-generate and ctranslate2"),
+        ({"engine": "hf-generate", "rate_per_s": 2.0}, "rate_per_s is for engine=saih"),
         ({"engine": "hf-generate", "task": "decode"}, "serves whole traces only"),
         ({"engine": "ctranslate2", "matrices": "plain"}, "matrices=plain is for engine=saih"),
         ({"task": "prefill"}, "takes requests of one length"),

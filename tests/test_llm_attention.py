@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saih.errors import SaihError
+from tests.conftest import package
 from workloads.llm import triton_decode
 from workloads.llm.attention import BACKENDS, AttnMeta, backend, loop, padded, varlen
 from workloads.llm.kv import LAYOUTS, EmulatedLink, PagedKV, copy_blocks
@@ -179,10 +184,22 @@ def test_varlen_is_called_as_each_torch_wants_it(monkeypatch: pytest.MonkeyPatch
 # -- Paged decode in Triton --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    triton_decode.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs triton and TRITON_INTERPRET=1: without CUDA the kernel runs in Triton's interpreter only",
+def test_the_decode_kernel_in_the_interpreter_of_triton() -> None:
+    """It is chosen when triton is imported, so the tests below run in a process of their own."""
+    package("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "paged_decode"]
+    ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    assert re.search(r"\b25 passed\b", ran.stdout), ran.stdout[-300:]
+    assert "skipped" not in ran.stdout
+
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the process of the test above, with TRITON_INTERPRET=1"
 )
+
+
+@interpreted
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 16), (8, 2, 24), (6, 1, 64)])
@@ -195,6 +212,31 @@ def test_paged_decode(layout: str, splits: int, heads: int, kv_heads: int, size:
     q = some(6, heads, size)
     found = triton_decode.paged_decode(q, *kv.layer(1), meta.block_table_BN, meta.kv_lens_B, splits)
     torch.testing.assert_close(found, formula(q, *kv.read(1, meta.slots_K), meta), atol=1e-5, rtol=0)
+
+
+@interpreted
+def test_paged_decode_fills_the_device_with_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number of splits there are as many as the multiprocessors want, and the result is the same."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=16))
+    lens = [1, 300, 600]
+    tables, blocks = tables_for(lens, 16)
+    kv = PagedKV(1, 2, 16, blocks=blocks, block_size=16)
+    kv.arena.normal_()
+    meta = AttnMeta.packed([1] * 3, starts=[n - 1 for n in lens], block_tables=tables, block_size=16)
+    q = some(3, 4, 16)
+    found = triton_decode.paged_decode(q, *kv.layer(0), meta.block_table_BN, meta.kv_lens_B)
+    torch.testing.assert_close(found, formula(q, *kv.read(0, meta.slots_K), meta), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("programs", "most_keys", "splits"), [(6, 10_000, 6), (6, 600, 2), (6, 10, 1), (1000, 10_000, 1), (1, 10_000, 32)]
+)
+def test_splits_give_every_multiprocessor_work_but_not_too_little(
+    programs: int, most_keys: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 multiprocessors, two programs each, and at least 256 keys a split."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=16))
+    assert triton_decode._filling(torch.device("cpu"), programs, most_keys) == splits
 
 
 # -- The cache ---------------------------------------------------------------------------------------------------------

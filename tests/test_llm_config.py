@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from saih.errors import SaihError
 from workloads.llm import stepcost
 from workloads.llm.attention import AttnMeta
-from workloads.llm.config import FAMILIES, PRESETS, ModelSpec, from_hf, preset, split_layers
+from workloads.llm.config import FAMILIES, PRESETS, ModelSpec, RopeScaling, from_hf, preset, split_layers
 from workloads.llm.loader import _uniform, random_init
 from workloads.llm.model import Stage
 from workloads.llm.shard import Mesh, cut_kv_heads, cut_vocab
@@ -66,7 +66,12 @@ LLAMA = {
         (OPT | {"word_embed_proj_dim": 4}, "opt with word_embed_proj_dim=4 is not supported, only 8"),
         (OPT | {"activation_function": "tanh"}, "unknown activation 'tanh'"),
         ({k: v for k, v in OPT.items() if k != "ffn_dim"}, "config.json of a opt model lacks 'ffn_dim'"),
-        (LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, "rotary positions of type 'llama3'"),
+        (
+            LLAMA | {"rope_scaling": {"rope_type": "yarn"}},
+            "type 'yarn' is not supported, only 'default'",
+        ),
+        (LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, "config.json of a llama model lacks 'factor'"),
+        (LLAMA | {"sliding_window": 4096}, "llama with sliding_window=4096 is not supported, only None"),
         (LLAMA | {"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
         (LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 4}, "6 heads cannot share 4 KV heads"),
     ],
@@ -74,6 +79,75 @@ LLAMA = {
 def test_variants_whose_arithmetic_differs_are_refused(config: dict[str, object], said: str) -> None:
     with pytest.raises(SaihError, match=said):
         from_hf(config)
+
+
+LLAMA_3_2_1B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+QWEN_2_5_HALF_B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "initializer_range": 0.02,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def test_published_configs_are_read() -> None:
+    """As their config.json says it, with all that the core has no use for."""
+    llama, qwen = from_hf(LLAMA_3_2_1B), from_hf(QWEN_2_5_HALF_B)
+    assert llama == replace(
+        PRESETS["llama-1b"], max_positions=131072, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), norm_eps=1e-5
+    )
+    assert stepcost.parameters(llama) == 1_235_814_400, "as its model card counts, 1.23B"
+    assert (qwen.qkv_bias, qwen.out_bias, qwen.rope_theta, qwen.rope_scaling) == (True, False, 1e6, None)
+    assert stepcost.parameters(qwen) == 494_032_768, "0.49B"
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from saih.errors import SaihError
 from tests import llm_ranks
+from tests.conftest import package
 from tests.llm_ranks import BACKENDS, STAGES, Pipeline, errors_of, gradients_of, ids_of
 from workloads.llm.config import from_hf
 from workloads.llm.loader import load
@@ -20,7 +21,7 @@ from workloads.llm.model import Stage
 from workloads.llm.shard import Mesh
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-transformers = pytest.importorskip("transformers")
+transformers = package("transformers", whole_module=True)
 
 VOCAB = 131
 """Odd, so that the vocabulary does not divide."""
@@ -35,6 +36,20 @@ LLAMA = {
 FAMILIES = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, rope_theta=5e5, tie_word_embeddings=False)
+    ),
+    "llama3": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **LLAMA,
+            num_key_value_heads=2,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 1e3,
+                "factor": 4.0,
+                "low_freq_factor": 0.5,  # waves of 16, 32 and 64 positions: each of the three ways is taken
+                "high_freq_factor": 2.0,
+                "original_max_position_embeddings": 32,
+            },
+        )
     ),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(**LLAMA, num_key_value_heads=1, tie_word_embeddings=True)
@@ -200,3 +215,15 @@ def test_what_is_wrong_with_a_checkpoint_is_said(checkpoints: dict[str, Path], t
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SaihError, match=r"lacks model-00001-of-00002.safetensors, which its index names"):
         load(Stage(spec), tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"rubbish that is no header")
+    with pytest.raises(SaihError, match=r"model-00001-of-00002.safetensors cannot be read as safetensors: "):
+        load(Stage(spec), tmp_path)
+    for text, why in (
+        ("{", "is not an index of tensors"),
+        ("{}", "is not an index of tensors .*weight_map"),
+        ('{"weight_map": ["a"]}', "is not an index of tensors"),
+        ('{"weight_map": {"x": "../a.safetensors", "y": "/b.safetensors"}}', "outside its folder: ../a.*, /b.safe"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(SaihError, match=why):
+            load(Stage(spec), tmp_path)

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from saih.errors import SaihError
+from tests.conftest import package
 from workloads.llm.request import Request, Sampling
 from workloads.llm.sampling import choose, draw
 
@@ -27,7 +29,7 @@ def test_greedy_is_the_most_likely() -> None:
 @given(st.floats(0.05, 1.0), st.floats(0.2, 3.0), st.integers(0, 1000))
 def test_only_the_top_p_set_is_drawn(top_p: float, temperature: float, seed: int) -> None:
     """The set is that of transformers' own warpers."""
-    logits = pytest.importorskip("transformers.generation.logits_process")
+    logits = package("transformers.generation.logits_process")
     row_V = torch.randn(12, generator=torch.Generator().manual_seed(seed))
     warped_1V = logits.TopPLogitsWarper(top_p)(None, row_V[None] / temperature)
     allowed = set(torch.isfinite(warped_1V[0]).nonzero()[:, 0].tolist())
@@ -73,6 +75,15 @@ def test_seed_request_and_position_each_matter() -> None:
         for done in (0, 1)
     }
     assert len(seen) == 8
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "why"),
+    [(-1.0, 1.0, "at least 0, got -1.0"), (float("nan"), 1.0, "got nan"), (1.0, 0.0, "above 0"), (1.0, 1.5, "got 1.5")],
+)
+def test_sampling_that_means_nothing_is_refused(temperature: float, top_p: float, why: str) -> None:
+    with pytest.raises(SaihError, match=why):
+        Sampling(temperature, top_p)
 
 
 def test_numbers_next_to_one_stay_inside_the_set() -> None:

@@ -1,6 +1,7 @@
 """First come, first served: nobody is lost, served twice, or overtaken, and the cache is never overfull."""
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,10 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12), st.floats(0
 def requests_of(lengths: Sequence[tuple[int, int, float]]) -> list[Request]:
     ordered = sorted(lengths, key=lambda each: each[2])
     return [Request(n, range(prompt), new, arrival) for n, (prompt, new, arrival) in enumerate(ordered)]
+
+
+def one_second(plan: BatchPlan) -> float:
+    return 1.0
 
 
 class Audited(FirstComeFirstServed):
@@ -81,7 +86,8 @@ def test_every_request_ends_in_order_whatever_the_sizes(
 def test_cancelled_requests_leave_and_others_do_not_notice(
     lengths: list[tuple[int, int, float]], data: st.DataObject
 ) -> None:
-    requests = requests_of([(prompt, new, 0.0) for prompt, new, _ in lengths])
+    """A victim may run, wait, or not have come yet."""
+    requests = requests_of(lengths)
     stages = data.draw(st.integers(1, 3))
     state = ServerState(BlockAllocator(14, 3))
     executor = SimulatedExecutor(lambda plan: 1.0, stages)
@@ -95,6 +101,53 @@ def test_cancelled_requests_leave_and_others_do_not_notice(
         assert request.phase is (Phase.CANCELLED if request in cancelled else Phase.FINISHED)
         assert request in cancelled or len(request.generated) == request.max_new_tokens
     assert state.blocks.free_blocks == 14
+
+
+def test_two_requests_of_one_id_are_never_served_together() -> None:
+    first, second, third = Request(7, range(3), 2), Request(7, range(2), 2), Request(7, range(4), 1, arrival_s=99.0)
+    state = ServerState(BlockAllocator(8, 4))
+    simulate([first, second, third], FirstComeFirstServed(8, 4), state, lambda plan: 1.0)
+    assert [len(each.generated) for each in (first, second, third)] == [2, 0, 1]
+    assert second.phase is Phase.REFUSED
+    assert second.refusal == "request 7: another request with this id is waiting or running"
+    assert state.blocks.free_blocks == 8
+
+
+def test_a_request_is_served_once() -> None:
+    state, scheduler = ServerState(BlockAllocator(8, 4)), FirstComeFirstServed(8, 4)
+    request = Request(3, range(3), 2)
+    with pytest.raises(SaihError, match="request 3 is listed twice"):
+        simulate([request, request], scheduler, state, lambda plan: 1.0)
+    simulate([request], scheduler, state, lambda plan: 1.0)
+    with pytest.raises(SaihError, match="request 3 is finished: make a new one to serve it again"):
+        simulate([request], scheduler, state, lambda plan: 1.0)
+    with pytest.raises(SaihError, match="request 3 is finished: only one that was never served can be submitted"):
+        state.submit(request)
+    assert request.phase is Phase.FINISHED
+
+
+def test_one_cancelled_before_it_comes_is_passed_over() -> None:
+    early, late = Request(0, range(2), 3), Request(0, range(2), 3, arrival_s=2.5)
+    state = ServerState(BlockAllocator(8, 4))
+    for number, _ in enumerate(serve([early, late], FirstComeFirstServed(8, 4), state, SimulatedExecutor(one_second))):
+        if number == 0:
+            state.cancel(late)
+    assert (early.phase, len(early.generated)) == (Phase.FINISHED, 3), "the blocks of its id stay with who runs"
+    assert (late.phase, late.generated) == (Phase.CANCELLED, [])
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_leaving_early_waits_for_what_is_in_flight(stages: int) -> None:
+    state, executor = ServerState(BlockAllocator(40, 4)), SimulatedExecutor(one_second, stages)
+    requests = [Request(number, range(5), 6) for number in range(6)]
+    with closing(serve(requests, FirstComeFirstServed(8, 2), state, executor, stages)) as iterations:
+        for _ in zip(range(4), iterations, strict=False):
+            pass
+    assert not any(request.in_flight for request in requests)
+    later = [Request(number, range(5), 6) for number in range(10, 13)]
+    list(serve(later, FirstComeFirstServed(8, 2), state, executor, stages))
+    assert all(len(request.generated) == 6 for request in [*requests, *later]), "those left go on with the new ones"
+    assert state.blocks.free_blocks == 40
 
 
 def test_the_newest_gives_way_and_is_recomputed() -> None:
@@ -163,13 +216,15 @@ def test_tokens_span_prompt_and_generated() -> None:
         (Request(3, range(30), 4), "request 3: 30 prompt and 4 new tokens exceed the KV cache, which holds 32 tokens"),
         (Request(4, range(20), 2), "request 4: 20 prompt and 2 new tokens exceed the model's 20 positions"),
         (Request(5, [], 4), "request 5: a request needs a prompt"),
+        (Request(7, [3, 40], 1), "request 7: its prompt has tokens outside the vocabulary of 40"),
+        (Request(8, [-1], 1), "request 8: its prompt has tokens outside the vocabulary of 40"),
         (Request(6, range(3), 0), "request 6: a request needs a prompt and at least one new token"),
     ],
 )
 def test_what_could_never_finish_is_refused(request_: Request, why: str) -> None:
     with pytest.raises(SaihError, match=why):
-        ServerState(BlockAllocator(8, 4), max_positions=20).submit(request_)
-    ServerState(BlockAllocator(8, 4), max_positions=20).submit(Request(0, range(20), 1))
+        ServerState(BlockAllocator(8, 4), 20, vocabulary=40).submit(request_)
+    ServerState(BlockAllocator(8, 4), 20, vocabulary=20).submit(Request(0, range(20), 1))
 
 
 def test_a_scheduler_that_runs_nothing_is_told() -> None:

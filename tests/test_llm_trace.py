@@ -1,6 +1,7 @@
 """Traces are the same for the same seed, have the lengths they promise, and bad files are named with their line."""
 
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,18 @@ def test_the_azure_formats(tmp_path: Path) -> None:
     assert trace_csv.read_csv(path) == [TraceRow(0.0, 374, 44), TraceRow(pytest.approx(4.271273), 396, 109)]
     path.write_text(AZURE + "2024-05-10 23:59:59.5+00:00,1,2\n2024-05-11 00:00:00+00:00,3,4\n")
     assert trace_csv.read_csv(path) == [TraceRow(0.0, 1, 2), TraceRow(0.5, 3, 4)]
+
+
+def test_times_without_a_zone_do_not_jump_with_the_clocks_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text(AZURE + "2024-03-31 01:30:00,1,2\n2024-03-31 03:30:00,3,4\n")
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        assert [row.arrival_s for row in trace_csv.read_csv(path)] == [0.0, 7200.0]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from workloads.llm.energonai.overlap import copies_hide, offloaded_layers, predi
 from workloads.llm.energonai.pmep import Pmep
 from workloads.llm.kv import EmulatedLink
 from workloads.llm.model import Stage
-from workloads.llm.packed import pack
+from workloads.llm.prepack import prepack
 
 LAYERS = 4
 IDS = torch.arange(11) * 17 % 512
@@ -164,10 +164,10 @@ def test_what_cannot_be_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         Pmep(made(), 2, "disk")
     with pytest.raises(SaihError, match="a peer is another GPU, and the stage is on cpu"):
         Pmep(made(), 2, "peer:1")
-    packed = made()
-    pack(packed)
-    with pytest.raises(SaihError, match="offload the stage or pack it, not both"):
-        Pmep(packed, 2)
+    prepacked = made()
+    prepack(prepacked)
+    with pytest.raises(SaihError, match="offload the stage or prepack it, not both"):
+        Pmep(prepacked, 2)
     for count, message in (
         (1, "none: there is one GPU"),
         (2, "cannot access the memory of GPU 1"),

@@ -313,8 +313,11 @@ def test_the_checksum_is_the_documented_one(results: Path) -> None:
             assert file[table].attrs["sha256"] == total.hexdigest()
 
 
-def test_the_reference_results_are_whole() -> None:
-    (path,) = (Path(__file__).parent.parent / "results" / "reference").glob("*.h5")
+REFERENCES = sorted((Path(__file__).parent.parent / "results" / "reference").glob("*.h5"))
+
+
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+def test_the_reference_results_are_whole(path: Path) -> None:
     assert all(everything(path))
 
 

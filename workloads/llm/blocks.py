@@ -5,6 +5,7 @@ T rows of all sequences, D hidden, H query heads and G KV heads of this rank, d 
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from workloads.llm.attention import AttnMeta, Backend
-from workloads.llm.config import ModelSpec
+from workloads.llm.config import ModelSpec, RopeScaling
 from workloads.llm.kv import PagedKV
 from workloads.llm.shard import ColumnLinear, Cut, Make, Mesh, RowLinear, copy_to_ranks, cut, cut_kv_heads
 
@@ -35,11 +36,23 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.size, self.weight, self.bias, self.eps)
 
 
-def rotation(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+def rotation(
+    positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> Rotation:
     """Angles of rotary positions (Su et al., 2021): position * theta^(-2i/d), computed in fp32."""
     exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
-    angles = positions_T[:, None, None].float() * (1.0 / theta**exponents)
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        frequencies = _scaled(frequencies, scaling)
+    angles = positions_T[:, None, None].float() * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _scaled(frequencies: Tensor, by: RopeScaling) -> Tensor:
+    """Llama 3.1's: slow ones over the factor, fast ones as they are, between them by their waves in the old context."""
+    waves = by.old_positions * frequencies / (2 * math.pi)
+    kept = ((waves - by.low) / (by.high - by.low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / by.factor)
 
 
 def rotate(x_THd: Tensor, by: Rotation) -> Tensor:

@@ -13,6 +13,20 @@ from saih.errors import SaihError, unknown
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions reach further than the model was first trained for: "llama3" of Llama 3.1 and 3.2.
+
+    Frequencies of a wave longer than the old context over `low` are divided by `factor`, those of one shorter than it
+    over `high` stay, and between the two it goes over smoothly.
+    """
+
+    factor: float
+    low: float
+    high: float
+    old_positions: int
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The shape and the choices of one transformer."""
 
@@ -35,6 +49,7 @@ class ModelSpec:
     """'relu', 'gelu' (exact), 'gelu_tanh', or 'swiglu' (silu(gate) * up)."""
     rope_theta: float = 0.0
     """Base of rotary positions; 0 = a learned table."""
+    rope_scaling: RopeScaling | None = None
     position_offset: int = 0
     """Row of the learned table where position 0 stands (OPT: 2)."""
     causal: bool = True
@@ -121,11 +136,10 @@ def _activation(config: Mapping[str, Any], key: str) -> str:
 
 def _llama(config: Mapping[str, Any]) -> ModelSpec:
     family = config["model_type"]
-    _only(config, hidden_act="silu", use_sliding_window=False, sliding_window=None)
+    _only(config, hidden_act="silu", use_sliding_window=False)
+    if "use_sliding_window" not in config:  # else it decides, and a width that is stated is not used
+        _only(config, sliding_window=None)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise SaihError(f"{family} with rotary positions of type {kind!r} is not supported, only 'default'")
     attention_bias = config.get("attention_bias", False)
     return ModelSpec(
         family=family,
@@ -141,11 +155,28 @@ def _llama(config: Mapping[str, Any]) -> ModelSpec:
         norm_eps=config["rms_norm_eps"],
         activation="swiglu",
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope_scaling=_rope_scaling(rope, family),
         tied=config.get("tie_word_embeddings", False),
         qkv_bias=family == "qwen2" or attention_bias,
         out_bias=family != "qwen2" and attention_bias,
         mlp_bias=config.get("mlp_bias", False),
         qk_norm=family == "qwen3",
+    )
+
+
+def _rope_scaling(rope: Mapping[str, Any], family: str) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise SaihError(
+            f"{family} with rotary positions of type {kind!r} is not supported, only 'default' and 'llama3'"
+        )
+    return RopeScaling(
+        float(rope["factor"]),
+        float(rope["low_freq_factor"]),
+        float(rope["high_freq_factor"]),
+        int(rope["original_max_position_embeddings"]),
     )
 
 

@@ -2,12 +2,12 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from types import TracebackType
 
 from torch import Tensor
 
-from saih.errors import SaihError
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan, Scheduler, ServerState
@@ -28,28 +28,24 @@ class Engine:
     def __init__(self, worker: Worker, scheduler: Scheduler) -> None:
         self.worker, self.scheduler = worker, scheduler
         blocks = BlockAllocator(worker.kv.blocks, worker.kv.block_size)
-        self.state = ServerState(blocks, worker.stage.spec.max_positions)
+        self.state = ServerState(blocks, worker.stage.spec.max_positions, worker.stage.spec.vocab)
         self._began_s = 0.0
         self._flying: deque[tuple[int, Tensor | None]] = deque()
 
-    def serve(self, requests: Sequence[Request]) -> Iterator[Iteration]:
+    def serve(self, requests: Sequence[Request]) -> Generator[Iteration, None, None]:
         """Serves requests as they arrive, from now on as time 0, and yields after each iteration.
 
-        Raises SaihError for a prompt with a token outside the vocabulary; other requests that cannot be served end as
-        refused (`workloads.llm.serve`).
+        Requests that cannot be served end as refused (`workloads.llm.serve`).
         """
-        vocabulary = self.worker.stage.spec.vocab
-        for request in requests:
-            if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
-                raise SaihError(f"request {request.id}: its prompt has tokens outside the vocabulary of {vocabulary}")
         self._began_s = time.perf_counter()
         yield from serve(requests, self.scheduler, self.state, self, depth=self.worker.mesh.pp)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
         """Each token of each request as soon as it is there."""
-        for iteration in self.serve(requests):
-            for request in iteration.emitted:
-                yield request, request.generated[-1]
+        with closing(self.serve(requests)) as iterations:
+            for iteration in iterations:
+                for request in iteration.emitted:
+                    yield request, request.generated[-1]
 
     def now_s(self) -> float:
         return time.perf_counter() - self._began_s

@@ -145,14 +145,13 @@ def _place_there(spec: ModelSpec, piece: Piece) -> tuple[tuple[int, ...], tuple[
 def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
     """Name of a tensor -> the open file that has it. Opening reads a file's header only."""
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
     except ImportError:
         raise SaihError("reading a checkpoint needs the safetensors package: pip install 'saih[llm]'") from None
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        paths = [folder / name for name in sorted(names)]
+        paths = [folder / name for name in sorted(_named_by(index))]
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -160,8 +159,26 @@ def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise SaihError(f"{folder} lacks {', '.join(missing)}, which its index names")
-    opened = [files.enter_context(safe_open(path, framework="pt")) for path in paths]
-    return {key: file for file in opened for key in file.keys()}  # noqa: SIM118
+    tensors: dict[str, Any] = {}
+    for path in paths:
+        try:
+            file = files.enter_context(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise SaihError(f"{path} cannot be read as safetensors: {error}") from error
+        tensors |= dict.fromkeys(file.keys(), file)
+    return tensors
+
+
+def _named_by(index: Path) -> set[str]:
+    """The files that an index names, all beside it."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SaihError(f"{index} is not an index of tensors ({type(error).__name__}: {error})") from error
+    elsewhere = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
+    if elsewhere:
+        raise SaihError(f"{index} names files outside its folder: {', '.join(elsewhere[:3])}")
+    return names
 
 
 def _find(key: str, tensors: dict[str, Any], folder: Path | str) -> str:

@@ -44,14 +44,18 @@ def bubble_s(requests: Iterable[Request], busy_s: Iterable[tuple[float, float]])
 
 
 def summary(requests: Sequence[Request], iterations: Sequence[Iteration]) -> dict[str, float]:
-    """Every figure by name; latencies over all requests, then for each class that requests name."""
+    """Every figure by name; latencies over all requests, then for each class that requests name.
+
+    `idle_s` is the time without any batch in flight while requests are there. Bubbles of pipeline stages are
+    `bubble_s` of each stage's own times.
+    """
     figures = {
         "requests_served": float(sum(1 for each in requests if each.token_s)),
         "requests_refused": float(sum(1 for each in requests if each.refusal)),
         "preemptions": float(sum(each.preemptions for each in requests)),
         "tokens_per_s": tokens_per_s(requests),
         "mixed_iteration_share": mixed_share(iterations),
-        "bubble_s": bubble_s(requests, [(each.start_s, each.end_s) for each in iterations]),
+        "idle_s": bubble_s(requests, [(each.start_s, each.end_s) for each in iterations]),
     }
     for kind in ("", *sorted({each.kind for each in requests} - {""})):
         group = [each for each in requests if kind in ("", each.kind)]

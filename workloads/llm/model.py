@@ -99,7 +99,8 @@ class Stage(nn.Module):
         """The angles of a step, the same for all layers; None without rotary positions."""
         if not self.spec.rope_theta:
             return None
-        return rotation(meta.positions_T, self.spec.head_dim, self.spec.rope_theta, self.dtype)
+        spec = self.spec
+        return rotation(meta.positions_T, spec.head_dim, spec.rope_theta, self.dtype, spec.rope_scaling)
 
     def logits(self, h_TD: Tensor, rows: Tensor | None = None) -> Tensor:
         """[T, D] behind the last layer -> [R, V]."""

@@ -1,8 +1,11 @@
 """A request: its prompt, what was generated, where it stands, and when each token came."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+from saih.errors import SaihError
 
 
 class Phase(Enum):
@@ -17,11 +20,20 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the most likely one at temperature 0, else one drawn from the top-p set."""
+    """How the next token is chosen: the most likely one at temperature 0, else one drawn from the top-p set.
+
+    Raises SaihError for a negative temperature and a top-p set that would be empty.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise SaihError(f"a temperature is at least 0, got {self.temperature}; 0 takes the most likely token")
+        if not 0 < self.top_p <= 1:
+            raise SaihError(f"top_p is above 0 and at most 1, got {self.top_p}; 1 draws from all tokens")
 
 
 GREEDY = Sampling()

@@ -66,13 +66,16 @@ class BatchPlan:
 class ServerState:
     """Requests in order of arrival, waiting or running, and the blocks they hold."""
 
-    def __init__(self, blocks: BlockAllocator, max_positions: int | None = None) -> None:
+    def __init__(self, blocks: BlockAllocator, max_positions: int | None = None, vocabulary: int | None = None) -> None:
+        """`max_positions` and `vocabulary` are the model's; in simulated time there may be none."""
         self.blocks = blocks
-        self.max_positions = max_positions
+        self.max_positions, self.vocabulary = max_positions, vocabulary
         self.depth = 1
         """Batches in flight at a time, one for each pipeline stage; `serve` sets it."""
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
+        self._present: set[int] = set()
+        """Ids of those waiting or running: blocks belong to ids, so no two may share one."""
 
     @property
     def busy(self) -> bool:
@@ -83,10 +86,19 @@ class ServerState:
         return -(-requests // self.depth)
 
     def submit(self, request: Request) -> None:
-        """Queues a request; raises SaihError for one that could never finish."""
+        """Queues a request.
+
+        Raises SaihError for one that could never finish, was served before, or whose id is in use.
+        """
         where = f"request {request.id}"
+        if request.phase is not Phase.WAITING:
+            raise SaihError(f"{where} is {request.phase.value}: only one that was never served can be submitted")
+        if request.id in self._present:
+            raise SaihError(f"{where}: another request with this id is waiting or running")
         if not request.prompt or request.max_new_tokens < 1:
             raise SaihError(f"{where}: a request needs a prompt and at least one new token")
+        if self.vocabulary is not None and not 0 <= min(request.prompt) <= max(request.prompt) < self.vocabulary:
+            raise SaihError(f"{where}: its prompt has tokens outside the vocabulary of {self.vocabulary}")
         room = self.blocks.blocks * self.blocks.block_size
         if request.longest_kv_tokens > room:
             raise SaihError(
@@ -99,6 +111,7 @@ class ServerState:
                 f"{self.max_positions} positions"
             )
         self.waiting.append(request)
+        self._present.add(request.id)
 
     def start(self, request: Request) -> None:
         """The first of those waiting runs from now on."""
@@ -114,7 +127,13 @@ class ServerState:
         self.waiting.appendleft(request)
 
     def cancel(self, request: Request) -> None:
-        """Ends the request; the blocks of one in flight are free when its batch has returned."""
+        """Ends the request; the blocks of one in flight are free when its batch has returned.
+
+        One that has not arrived yet is never submitted.
+        """
+        if request.phase is Phase.WAITING and request not in self.waiting:
+            request.phase = Phase.CANCELLED
+            return
         if request.phase is Phase.WAITING:
             self.waiting.remove(request)
         if request.in_flight:
@@ -147,6 +166,8 @@ class ServerState:
         request.phase = phase
         self.running.pop(request.id, None)
         self.blocks.release(request.id)
+        if phase is not Phase.WAITING:
+            self._present.discard(request.id)
 
 
 class Scheduler(Protocol):

@@ -196,7 +196,7 @@ class Make:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, D] W^T + b, of a weight [O, D] as it is or as `packed.pack` laid it out."""
+    """x [T, D] W^T + b, of a weight [O, D] as it is or as `prepack.prepack` laid it out."""
     if weight.is_mkldnn:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
@@ -251,8 +251,8 @@ class VocabMatrix(nn.Module):
         self.mine, self.mesh = cut_vocab(vocab, mesh), mesh
         self.weight = made.parameter(len(self.mine), hidden)
         self.bias = made.parameter(len(self.mine)) if bias else None
-        self.packed: Tensor | None = None
-        """A copy of the weight as logits want it (`packed.pack`); embeddings look up rows of the weight itself."""
+        self.prepacked: Tensor | None = None
+        """A copy of the weight as logits want it (`prepack.prepack`); embeddings look up rows of the weight itself."""
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """[T] -> [T, D]: each rank looks up the words it has, the others give zeros."""
@@ -264,7 +264,7 @@ class VocabMatrix(nn.Module):
 
     def logits(self, h_RD: Tensor) -> Tensor:
         """[R, D] -> [R, V], whole on every rank."""
-        weight = self.weight if self.packed is None else self.packed
+        weight = self.weight if self.prepacked is None else self.prepacked
         mine_RV = multiply(copy_to_ranks(h_RD, self.mesh), weight, self.bias)
         if self.mesh.tp == 1:
             return mine_RV

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,10 +63,16 @@ def _columns(path: Path, found: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+def _utc_s(when: str) -> float:
+    """A time without a zone is UTC: in local time, clocks that are put back would make it jump."""
+    time = datetime.fromisoformat(when)
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+
+
 def _row(values: Sequence[str | None], where: str, columns: Sequence[str]) -> TraceRow:
     try:
         when, prompt, new = (value or "" for value in values)
-        arrival_s = float(when) if columns == COLUMNS else datetime.fromisoformat(when).timestamp()
+        arrival_s = float(when) if columns == COLUMNS else _utc_s(when)
         row = TraceRow(arrival_s, int(prompt), int(new))
     except ValueError as error:
         raise SaihError(f"{where}: {error}") from error

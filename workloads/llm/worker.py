@@ -1,13 +1,16 @@
 """One rank's half of serving: run the steps that rank 0 decides, as integers that every rank receives."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from saih.errors import SaihError
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.attention import AttnMeta
 from workloads.llm.kv import PagedKV, copy_blocks
@@ -15,6 +18,8 @@ from workloads.llm.model import Stage
 from workloads.llm.sampling import choose, draw
 from workloads.llm.scheduler import BatchPlan
 
+IDLE = timedelta(days=7)
+"""How long followers wait for the next step: a trace may have long gaps. The death of a rank is noticed at once."""
 FIRST_WORDS = 1024
 """Size of the one message that carries most steps; what is longer follows in a second."""
 
@@ -60,18 +65,33 @@ class Step(NamedTuple):
 STOP = Step(*[torch.zeros(0, dtype=torch.int32)] * len(Step._fields))
 
 
+@contextmanager
+def _others_live() -> Iterator[None]:
+    """Says in one line what gloo and NCCL say of a connection that broke."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise SaihError(
+            f"rank {dist.get_rank()} of the engine lost another rank, whose log says why: {reason}"
+        ) from error
+
+
 class Worker:
     """A stage and its cache. Rank 0's is driven by an engine, the others `follow`.
 
     Activations go from each rank to the same tensor-parallel rank of the next stage; the last stage sends the chosen
     tokens to rank 0. Nothing waits for a send, so rank 0 may start a batch for each stage before the first returns.
+    Every method raises SaihError where another rank has ended.
     """
 
     def __init__(self, stage: Stage, kv: PagedKV, host_kv: PagedKV | None = None) -> None:
         self.stage, self.kv, self.host_kv = stage, kv, host_kv
         self.mesh = stage.mesh
         self._alone = self.mesh.tp * self.mesh.pp == 1
-        self._control = None if self._alone else dist.new_group(backend="gloo")
+        self._control = None if self._alone else dist.new_group(backend="gloo", timeout=IDLE)
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
     def follow(self) -> None:
@@ -79,6 +99,7 @@ class Worker:
         while len((step := self._receive_step()).ids_T):
             self.run(step)
 
+    @_others_live()
     def send_step(self, step: Step) -> None:
         """On rank 0: tells all others what to run."""
         if self._alone:
@@ -90,6 +111,7 @@ class Worker:
             if len(message):
                 self._keep(dist.broadcast(message, 0, group=self._control, async_op=True), message)
 
+    @_others_live()
     def _receive_step(self) -> Step:
         words = torch.empty(FIRST_WORDS, dtype=torch.int32)
         dist.broadcast(words, 0, group=self._control)
@@ -101,9 +123,13 @@ class Worker:
             words = torch.cat([words, rest])
         return Step(*words[len(lengths) : total].split(lengths))
 
+    @_others_live()
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor | None:
-        """This rank's share of a step; the chosen tokens [R] where the last stage's first rank is rank 0 itself."""
+        """This rank's share of a step; the chosen tokens [R] where the last stage's first rank is rank 0 itself.
+
+        Raises SaihError for a step that copies blocks where there is no host cache.
+        """
         self._copy_blocks(step)
         device = self.stage.device
         tables = [table.tolist() for table in step.blocks.split(step.table_lengths_B.tolist())]
@@ -129,12 +155,14 @@ class Worker:
         self._keep(dist.isend(tokens_R, 0, group=self._control), tokens_R)
         return None
 
+    @_others_live()
     def receive_tokens(self, count: int) -> Tensor:
         """On rank 0: what the last stage chose in the oldest step whose tokens were not received yet."""
         tokens_R = torch.empty(count, dtype=torch.int64)
         dist.recv(tokens_R, (self.mesh.pp - 1) * self.mesh.tp, group=self._control)
         return tokens_R
 
+    @_others_live()
     def wait(self) -> None:
         """Until all that was sent has left."""
         while self._sent:
@@ -146,9 +174,13 @@ class Worker:
         return h_TD
 
     def _copy_blocks(self, step: Step) -> None:
-        if self.host_kv is not None:
-            copy_blocks(self.kv, self.host_kv, step.copies_out[0::2].tolist(), step.copies_out[1::2].tolist())
-            copy_blocks(self.host_kv, self.kv, step.copies_in[0::2].tolist(), step.copies_in[1::2].tolist())
+        planned = len(step.copies_out) + len(step.copies_in)
+        if not planned:
+            return
+        if self.host_kv is None:
+            raise SaihError(f"a step copies {planned // 2} blocks from or to a host cache, and this worker has none")
+        copy_blocks(self.kv, self.host_kv, step.copies_out[0::2].tolist(), step.copies_out[1::2].tolist())
+        copy_blocks(self.host_kv, self.kv, step.copies_in[0::2].tolist(), step.copies_in[1::2].tolist())
 
     def _keep(self, work: dist.Work | None, tensor: Tensor) -> None:
         """Holds on to what is being sent, and waits for the oldest when that is much."""

@@ -55,6 +55,8 @@ class Checkpoint:
     def request(self, prompt: str, grid: Sequence[int], steps: int, guidance: float, seed: int) -> Request:
         """A request for one video of `grid` latent frames, rows and columns; the same noise on every device.
 
+        Without guidance above 1 there is no second branch, as in the pipelines.
+
         Raises SaihError for a prompt that a toy's table does not know.
         """
         channels, (frames, rows, columns) = self.adapter.module.config.in_channels, grid
@@ -63,7 +65,7 @@ class Checkpoint:
         conditions = self._conditions(prompt, grid, guidance)
         if not self.adapter.embedded_guidance:
             order = (UNCOND, COND) if self.adapter.joint else (COND, UNCOND)
-            conditions = {branch: conditions[branch] for branch in order}
+            conditions = {branch: conditions[branch] for branch in order if branch == COND or guidance > 1}
         return Request(noise.to(self.device), conditions, guidance, steps)
 
     @torch.no_grad()

@@ -45,9 +45,10 @@ def grid(params: Params) -> tuple[int, int, int]:
 
 
 def folder(model: str) -> Path:
-    """Where a model named in the parameters is: one of the shipped pair, or a folder itself."""
+    """Where a model named in the parameters is: one of those shipped, or a folder itself."""
     weights = Path(__file__).parent / "toy" / "weights"
-    return {"toy": weights / "large", "toy-small": weights / "small"}.get(model, Path(model))
+    shipped = {"toy": "large", "toy-small": "small", "toy-4step": "student"}
+    return weights / shipped[model] if model in shipped else Path(model)
 
 
 def shape(model: str, layers: int, width: int, family: str = "wan") -> shapes.DiT:
@@ -62,7 +63,9 @@ def shape(model: str, layers: int, width: int, family: str = "wan") -> shapes.Di
         return shapes.random(family, layers, width)
     described = Path(model) / "transformer" / "config.json"
     if not described.is_file():
-        raise SaihError(f"model {model}: neither toy, toy-small nor random, nor a folder with transformer/config.json")
+        raise SaihError(
+            f"model {model}: neither {', '.join(shapes.TOYS)} nor random, nor a folder with transformer/config.json"
+        )
     return shapes.of_config(json.loads(described.read_text()))
 
 

@@ -62,7 +62,7 @@ class Windows:
         if context.place.rank == ENGINE:
             self.engine = Engine(self.worker, padded=self.shape.padded, blocking=handoff == "blocking")
         else:
-            self.worker.follow()
+            self.worker.start_following()
 
     def step(self, clock: Clock) -> Work:
         """One window: every batch submitted, every result collected. Phases: see `Worker`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from saih.errors import SaihError
 from workloads.llm.energonai.consistency import after
 from workloads.llm.energonai.message import Kind, Message, receive, send
-from workloads.llm.energonai.worker import ENGINE, Worker
+from workloads.llm.energonai.worker import ENGINE, Worker, describe
 
-GRACE_S = 0.5
+GRACE_S = 2.0
 """A rank that loses its neighbour reports at once; so long the engine waits for the one that died to be noticed."""
+ABORT_TIMEOUT = datetime.timedelta(seconds=10)
+"""A rank that takes no commands any more is left to itself."""
 
 
 class Batch(NamedTuple):
@@ -45,7 +48,7 @@ class Engine:
         self._next = 0
         self._waiting: dict[int, tuple[Message, Future[Tensor]]] = {}
         self._sending, self._changing = threading.Lock(), threading.Lock()
-        self._closed = False
+        self._closed, self._told = False, threading.Event()
         self._listeners = [threading.Thread(target=self._listen, args=(rank,), daemon=True) for rank in self._others]
         worker.start(self._resolve, lambda why: self._fail_later(ENGINE, why))
         for thread in self._listeners:
@@ -54,12 +57,10 @@ class Engine:
     def run(self, batch: Batch, *, padded: bool | None = None, every_row: bool = False) -> Future[Tensor]:
         """Logits [B, V] behind the last token of each sequence, or with `every_row` [T, V] behind every token.
 
-        Raises SaihError for a batch without sequences or tokens, if a rank has failed, and if the engine is closed.
+        The future cannot be cancelled: all ranks have the command.
+        Raises SaihError for a batch that the model cannot take, if a rank has failed, and if the engine is closed.
         """
-        if not batch.lens or min(batch.lens) < 1:
-            raise SaihError("an empty batch, or an empty sequence in it: every sequence needs at least one token")
-        if sum(batch.lens) != len(batch.ids_T):
-            raise SaihError(f"a batch of {len(batch.ids_T)} ids whose lengths add up to {sum(batch.lens)}")
+        self._look_at(batch)
         form = self.padded if padded is None else padded
         with self._sending:
             future = self._submit(Message(Kind.RUN, 0, batch.lens, batch.ids_T, form, every_row, batch.emulated_us))
@@ -68,20 +69,46 @@ class Engine:
         return future
 
     def close(self) -> None:
-        """Wait for what was submitted, then end all ranks. After a failure there is nothing to wait for."""
-        with self._sending:
+        """Wait for what was submitted, then end all ranks.
+
+        Returns as well if a rank fails or dies meanwhile: futures without a result say what it was, so does
+        `worker.failure`, and the ranks that are left have been told.
+        """
+        with self._changing:
             if self._closed:
                 return
             self._closed = True
+            waiting = [future for _, future in self._waiting.values()]
+        wait(waiting)
+        with self._sending:
             if not self.worker.failure:
                 self._send(Message(Kind.STOP, self._next))
         self.worker.join()
         for thread in self._listeners:
             while thread.is_alive() and not self.worker.failure:
                 thread.join(0.05)
+        if self.worker.failure:
+            self._told.wait()
+        else:
+            self._tell(Message(Kind.END))
+
+    def _look_at(self, batch: Batch) -> None:
+        """What one rank refused would end all of them, and of an id that no rank has they would make zeros."""
+        stage, ids_T = self.worker.stage, batch.ids_T
+        if not batch.lens or min(batch.lens) < 1:
+            raise SaihError("an empty batch, or an empty sequence in it: every sequence needs at least one token")
+        if ids_T.dtype != torch.int64 or ids_T.dim() != 1:
+            raise SaihError(f"ids of type {ids_T.dtype} and shape {tuple(ids_T.shape)}; they must be int64 [T]")
+        if sum(batch.lens) != len(ids_T):
+            raise SaihError(f"a batch of {len(ids_T)} ids whose lengths add up to {sum(batch.lens)}")
+        if max(batch.lens) > stage.max_positions:
+            raise SaihError(f"a sequence of {max(batch.lens)} tokens; the model has {stage.max_positions} positions")
+        if (wrong := ids_T[(ids_T < 0) | (ids_T >= stage.vocab)]).numel():
+            raise SaihError(f"id {int(wrong[0])} is outside the vocabulary: 0 to {stage.vocab - 1}")
 
     def _submit(self, command: Message) -> Future[Tensor]:
         future: Future[Tensor] = Future()
+        future.set_running_or_notify_cancel()
         with self._changing:
             if self._closed or self.worker.failure:
                 raise SaihError(self.worker.failure or "the engine is closed")
@@ -111,6 +138,9 @@ class Engine:
         except RuntimeError:
             self._fail(f"rank {rank} died: its connection was closed")
             return
+        except Exception as error:
+            self._fail(f"rank {ENGINE} failed: {describe(error)}")
+            return
         if report.kind == Kind.FAILED:
             self._fail_later(rank, report.read_text())
 
@@ -131,15 +161,20 @@ class Engine:
         self._fail(f"rank {rank} failed: {why}")
 
     def _fail(self, why: str) -> None:
-        """The first failure ends everything: this rank, all others, and then, when they know, the futures."""
-        with self._sending:
-            with self._changing:
-                if self.worker.failure:
-                    return
-                self.worker.fail(why)
-                waiting, self._waiting = self._waiting, {}
-            for rank in self._others:
-                with contextlib.suppress(RuntimeError):  # of the one that died
-                    send(Message.text(Kind.ABORT, why), [rank], self._control)
+        """The first failure ends everything: this rank, the futures, all others."""
+        with self._changing:
+            if self.worker.failure:
+                return
+            self.worker.fail(why)
+            waiting, self._waiting = self._waiting, {}
         for _, future in waiting.values():
             future.set_exception(SaihError(why))
+        with self._sending:
+            self._tell(Message.text(Kind.ABORT, why))
+        self._told.set()
+
+    def _tell(self, last: Message) -> None:
+        """The last words to all ranks, one by one, for some may be dead."""
+        for rank in self._others:
+            with contextlib.suppress(RuntimeError):
+                send(last, [rank], self._control, ABORT_TIMEOUT)

@@ -40,10 +40,12 @@ class Outbox:
             raise self._error
 
     def close(self) -> None:
-        """Until everything was taken."""
+        """Until everything was taken. Raises what sending raised, if no `send` has."""
         self._waiting.put(None)
         if self._thread is not None:
             self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def _work(self) -> None:
         try:

@@ -5,6 +5,7 @@ A message is HEADER words, and behind them as many as it says: the lengths and i
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
@@ -30,7 +31,9 @@ class Kind(IntEnum):
     FAILED = 5
     """To the engine: the text says what."""
     STOPPED = 6
-    """To the engine: this rank has ended."""
+    """To the engine: this rank has executed everything, and waits for END."""
+    END = 7
+    """To all ranks: all have executed everything, nothing can fail any more."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,17 @@ class Message:
         return [header, rest] if size else [header]
 
 
-def send(message: Message, to: list[int], group: dist.ProcessGroup | None) -> None:
-    """To several ranks at once; returns when all have taken it. Raises RuntimeError if one is gone."""
+def send(
+    message: Message, to: list[int], group: dist.ProcessGroup | None, timeout: datetime.timedelta | None = None
+) -> None:
+    """To several ranks at once; returns when all have taken it.
+
+    Raises RuntimeError if one is gone, or has not taken it within `timeout` (None: the group's).
+    """
     works = [dist.isend(part, rank, group=group) for part in message.parts() for rank in to]
     for work in works:
         if work is not None:
-            work.wait()
+            work.wait(timeout) if timeout is not None else work.wait()
 
 
 def receive(source: int, group: dist.ProcessGroup | None) -> Message:

@@ -135,7 +135,7 @@ class _Weights:
     def put_away(cls, block: nn.Module, home: torch.device, pinned: bool) -> _Weights:
         """Copies them to `home`; the memory they took is free."""
         if any(parameter.is_mkldnn for parameter in block.parameters()):
-            raise SaihError("packed matrices cannot be offloaded: offload the stage or pack it, not both")
+            raise SaihError("prepacked matrices cannot be offloaded: offload the stage or prepack it, not both")
         parameters = list(block.parameters())
         ends = list(accumulate(-(-each.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for each in parameters))
         places = tuple(zip(parameters, [0, *ends[:-1]], [each.shape for each in parameters], strict=True))

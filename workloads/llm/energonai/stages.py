@@ -5,6 +5,7 @@ T rows, D hidden, V vocabulary, R rows whose logits are wanted.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 
@@ -49,6 +50,7 @@ class ComputedStage:
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.device, self.dtype = stage, stage.device, stage.dtype
+        self.vocab, self.max_positions = stage.spec.vocab, stage.spec.max_positions
         self.hidden, self.result_width = stage.spec.hidden, stage.spec.vocab
 
     def prepare(self, command: Message) -> Job:
@@ -65,6 +67,10 @@ class EmulatedStage:
 
     Column 0 has the ids; every stage adds 1, so a result shows its tokens and the number of stages it went through.
     """
+
+    vocab = 2**23
+    """Whole numbers to twice as many are the same in fp32."""
+    max_positions = sys.maxsize
 
     def __init__(self, hidden: int, last: bool) -> None:
         self.hidden = self.result_width = hidden

@@ -30,6 +30,10 @@ ENGINE = 0
 class StageOfRank(Protocol):
     """What executes a job here: `stages.ComputedStage` or `stages.EmulatedStage`."""
 
+    vocab: int
+    """Ids are below it."""
+    max_positions: int
+    """Tokens of the longest sequence it takes."""
     device: torch.device
     dtype: torch.dtype
     hidden: int
@@ -62,7 +66,10 @@ class Worker:
         self.stage, self.mesh, self.control = stage, mesh, control
         self.first, self.last = mesh.pp_rank == 0, mesh.pp_rank == mesh.pp - 1
         self.rank = mesh.pp_rank * mesh.tp + mesh.tp_rank
+        self._idle = "other" if self.first else "communication"
         self._clock: Clock = Unclocked()
+        self._phase = self._idle
+        self._timing = threading.Lock()
         self.pickup_delay_s = 0.0
         """Pickers sleep up to this long, at random: a test of the ticket order."""
         self.failure = ""
@@ -83,7 +90,17 @@ class Worker:
         self._run_threads(executor=self._execute, **{f"picker{n}": self._pick for n in range(self._pickers)})
 
     def follow(self) -> None:
-        """On every rank but the engine's: start, and execute what the engine says until it closes."""
+        """On every rank but the engine's: execute what the engine says until it closes.
+
+        Raises SaihError if a rank failed.
+        """
+        self.start_following()
+        self.join()
+        if self.failure:
+            raise SaihError(self.failure)
+
+    def start_following(self) -> None:
+        """As `follow`, and returns at once: the threads go on beside the caller, who may `wait_for` tickets."""
         self.start(
             lambda ticket, result: self._reports.put((Message(Kind.RESULT, ticket), result)),
             lambda why: self._reports.put((Message.text(Kind.FAILED, why), None)),
@@ -91,9 +108,13 @@ class Worker:
         self._run_threads(control=self._listen, reporter=self._report)
 
     def use(self, clock: Clock) -> None:
-        """From here on phases are told to this clock, beginning with the wait for the next job."""
-        self._clock = clock
-        clock.enter("other" if self.first else "communication")
+        """From here on phases are told to this clock, beginning with the one that the executor is in.
+
+        The clock before hears no more, whatever the executor is at.
+        """
+        with self._timing:
+            self._clock = clock
+            clock.enter(self._phase)
 
     def put(self, command: Message) -> None:
         """Take a RUN or STOP command in."""
@@ -139,16 +160,15 @@ class Worker:
                 dist.send(result, ENGINE, group=self.control)
 
     def _listen(self) -> None:
+        """To the very END: what fails behind STOP, here or elsewhere, has to be heard of as well."""
         try:
-            while (command := receive(ENGINE, self.control)).kind == Kind.RUN:
+            while (command := receive(ENGINE, self.control)).kind in (Kind.RUN, Kind.STOP):
                 self.put(command)
         except RuntimeError:
             self.fail(f"rank {ENGINE}, the engine, is gone")
             return
         if command.kind == Kind.ABORT:
             self.fail(command.read_text())
-        else:
-            self.put(command)
 
     def _pick(self) -> None:
         try:
@@ -167,16 +187,15 @@ class Worker:
         try:
             if self.stage.device.type == "cuda":
                 torch.cuda.set_device(self.stage.device)
-            self.use(self._clock)
             for job, x_TD in ahead(self._received(), self._depth):
-                self._clock.enter("compute")
+                self._enter("compute")
                 y = self.stage(job, x_TD)
-                self._clock.enter("communication")
+                self._enter("communication")
                 if not self.last:
                     self._outbox.send(y.contiguous())
                 elif self.mesh.tp_rank == 0:
                     self._deliver(job.command.ticket, y.cpu())
-                self.use(self._clock)
+                self._enter(self._idle)
                 with self._changed:
                     self._executed += 1
                     self._changed.notify_all()
@@ -185,6 +204,11 @@ class Worker:
                 self._reports.put((Message(Kind.STOPPED), None))
         except Exception as error:
             self._blame(describe(error))
+
+    def _enter(self, phase: str) -> None:
+        with self._timing:
+            self._phase = phase
+            self._clock.enter(phase)
 
     def _received(self) -> Iterator[tuple[Job, Tensor | None]]:
         """Jobs in ticket order, with the activations of the stage before."""

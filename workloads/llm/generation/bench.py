@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -9,14 +10,15 @@ import torch
 
 from saih.core import Check, Clock, Context, Params, Point, Work
 from saih.errors import SaihError
-from workloads.llm import loader, stepcost
+from workloads.llm import loader, metrics, stepcost
 from workloads.llm.attention import AttnMeta
 from workloads.llm.engine import Engine
 from workloads.llm.generation import peers, spec
 from workloads.llm.model import Stage
-from workloads.llm.packed import pack
+from workloads.llm.prepack import prepack
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan
+from workloads.llm.serve import Iteration
 from workloads.llm.trace import to_requests
 from workloads.llm.worker import Step, Worker
 
@@ -50,15 +52,15 @@ class OurEngine:
         params, trace = point.params, spec.rows(point.params, point.seed)
         size = spec.block_size(params, trace, device)
         stage = stage_of(point, device)
-        if device == "cpu" and params["matrices"] == "packed":
-            pack(stage)
+        if device == "cpu" and params["matrices"] == "prepacked":
+            prepack(stage)
+        self.iterations: list[Iteration] = []
         self.engine = Engine(
             Worker(stage, stage.new_kv(spec.blocks(params, trace, size), size)), spec.scheduler(params)
         )
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        for _ in self.engine.serve(requests):
-            pass
+        self.iterations = list(self.engine.serve(requests))
         refused = next((request.refusal for request in requests if request.refusal), "")
         if refused:
             raise SaihError(refused)
@@ -67,6 +69,11 @@ class OurEngine:
     def ablate(self, part: str) -> None:
         """The model is not run: every logit is zero. Scheduling, batching and choosing tokens are what is left."""
         _without_model(self.engine.worker)
+
+    def figures(self, requests: Sequence[Request]) -> dict[str, float]:
+        """What users felt (TTFT, TPOT) and what the device did, of these requests, the last that were served."""
+        found = metrics.summary(requests, self.iterations)
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def close(self) -> None:
         """Nothing runs beside."""
@@ -90,7 +97,8 @@ def _generator(point: Point, device: str, requests: Sequence[Request]) -> peers.
     else:
         stage = stage_of(point, device)
         model = peers.hf_model(stage.spec, loader.state_dict(stage), stage.dtype, device)
-    return peers.peer(engine, model, requests, int(params["max_requests"]), int(params["max_tokens"]))
+    most = int(params["max_requests"]), int(params["max_tokens"])
+    return peers.peer(engine, model, requests, str(params["batching"]), *most)
 
 
 class Serving:
@@ -108,8 +116,9 @@ class Serving:
 
     def check(self) -> Check:
         """Every token of every request is the most likely one after its prompt and the tokens before it, says the
-        core's full forward pass: no cache, no batching, no packed matrices."""
-        found = self.generator.generate(_fresh(self.trace))
+        core's full forward pass: no cache, no batching, no prepacked matrices."""
+        served = _fresh(self.trace)
+        found = self.generator.generate(served)
         wrong = [
             request.id
             for request, tokens in zip(self.trace, found, strict=True)
@@ -129,6 +138,8 @@ class Serving:
             "tokens_not_first": float((gaps > 0).sum()),
             "largest_gap_std": float(gaps.max()),
         }
+        if isinstance(self.generator, OurEngine):
+            numbers |= self.generator.figures(served)
         return Check(numbers["largest_gap_std"] <= allowed, numbers, _why(numbers["largest_gap_std"]))
 
     def ablate(self, part: str) -> None:
@@ -189,7 +200,7 @@ def _why(gap: float) -> str:
 
 
 def _fresh(trace: Sequence[Request]) -> list[Request]:
-    return [Request(each.id, each.prompt, each.max_new_tokens) for each in trace]
+    return [Request(each.id, each.prompt, each.max_new_tokens, each.arrival_s) for each in trace]
 
 
 def _work(params: Params, seed: int) -> Work:

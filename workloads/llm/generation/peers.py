@@ -29,13 +29,34 @@ class Generator(Protocol):
         """Ends what runs beside."""
 
 
-def peer(engine: str, model: Any, requests: Sequence[Request], max_requests: int, max_tokens: int) -> Generator:
+def peer(
+    engine: str, model: Any, requests: Sequence[Request], batching: str, max_requests: int, max_tokens: int
+) -> Generator:
     """The engine of this name around a model of transformers; `requests` are those it will be asked to serve."""
     if engine == "hf-generate":
-        return StaticBatches(model, max_requests)
+        return StaticBatches(model, batching, max_requests)
     if engine == "hf-continuous":
         return ContinuousBatches(model, requests, max_requests, max_tokens)
-    return CTranslate2(model, max_requests)
+    return CTranslate2(model, batching, max_requests)
+
+
+def batches_of(requests: Sequence[Request], batching: str, max_requests: int) -> list[list[int]]:
+    """Places of the requests that share a batch in an engine that lets none join later.
+
+    prompts: of like prompt length, so that little is filled up; outputs: of like output length, so that few wait for
+    the longest; equal: of one prompt length only; together: all in one batch, whatever `max_requests` is.
+    """
+    if batching == "together":
+        return [list(range(len(requests)))]
+    sizes = [len(each.prompt) if batching != "outputs" else each.max_new_tokens for each in requests]
+    order = sorted(range(len(requests)), key=sizes.__getitem__)
+    found: list[list[int]] = []
+    for place in order:
+        full = not found or len(found[-1]) == max_requests
+        if full or (batching == "equal" and sizes[found[-1][0]] != sizes[place]):
+            found.append([])
+        found[-1].append(place)
+    return found
 
 
 def hf_model(spec: ModelSpec, weights: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> Any:
@@ -55,9 +76,9 @@ def hf_model(spec: ModelSpec, weights: Mapping[str, Tensor], dtype: torch.dtype,
 def hf_checkpoint(folder: str, dtype: torch.dtype, device: str) -> Any:
     """A model of transformers from a local folder."""
     transformers = _package("transformers")
-    return (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model.generation_config = transformers.GenerationConfig()  # a checkpoint's own would stop at its end token
+    return model.to(device).eval()
 
 
 def _package(name: str) -> Any:
@@ -83,7 +104,7 @@ def _hf_config(spec: ModelSpec) -> Any:
             head_dim=spec.head_dim,
             max_position_embeddings=spec.max_positions,
             rms_norm_eps=spec.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+            rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},  # presets have no other
         )
     if spec.family == "gpt2":
         return transformers.GPT2Config(
@@ -109,17 +130,15 @@ def _hf_config(spec: ModelSpec) -> Any:
 
 
 class StaticBatches:
-    """`generate` over batches of like prompts, padded on the left; a batch ends with its last request."""
+    """`generate` over batches padded on the left; a batch ends with its last request."""
 
-    def __init__(self, model: Any, max_requests: int) -> None:
-        self.model, self.max_requests = model, max_requests
+    def __init__(self, model: Any, batching: str, max_requests: int) -> None:
+        self.model, self.batching, self.max_requests = model, batching, max_requests
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        order = sorted(range(len(requests)), key=lambda place: len(requests[place].prompt))
         found: list[list[int]] = [[] for _ in requests]
-        for first in range(0, len(order), self.max_requests):
-            places = order[first : first + self.max_requests]
+        for places in batches_of(requests, self.batching, self.max_requests):
             for place, tokens in zip(places, self._batch([requests[place] for place in places]), strict=True):
                 found[place] = tokens[: requests[place].max_new_tokens]
         return found
@@ -184,16 +203,16 @@ class ContinuousBatches:
 
 
 class CTranslate2:
-    """CTranslate2: batches of like length that requests leave when they are done, and none joins."""
+    """CTranslate2: batches that requests leave when they are done, and none joins."""
 
-    def __init__(self, model: Any, max_requests: int) -> None:
+    def __init__(self, model: Any, batching: str, max_requests: int) -> None:
         package = _package("ctranslate2")
         device = model.device.type
         kind = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[model.dtype]
         able = sorted(package.get_supported_compute_types(device))
         if kind not in able:
             raise SaihError(f"ctranslate2 has no {kind} on {device} here, only {', '.join(able)}")
-        self.max_requests = max_requests
+        self.batching, self.max_requests = batching, max_requests
         with tempfile.TemporaryDirectory() as folder:
             _save_with_tokenizer(model, Path(folder) / "hf")
             converter = package.converters.TransformersConverter(str(Path(folder) / "hf"))
@@ -203,6 +222,13 @@ class CTranslate2:
             )
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in requests]
+        for places in batches_of(requests, self.batching, self.max_requests):
+            for place, tokens in zip(places, self._batch([requests[place] for place in places]), strict=True):
+                found[place] = tokens
+        return found
+
+    def _batch(self, requests: Sequence[Request]) -> list[list[int]]:
         wanted = [request.max_new_tokens for request in requests]
 
         def is_done(result: Any) -> bool:  # its `step` counts from the shortest prompt of a batch, not from each one's
@@ -211,7 +237,7 @@ class CTranslate2:
 
         results = self.generator.generate_batch(
             [[str(token) for token in request.prompt] for request in requests],
-            max_batch_size=self.max_requests,
+            max_batch_size=len(requests),
             max_length=max(wanted),
             min_length=max(wanted),
             sampling_topk=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
@@ -24,6 +25,9 @@ PAPER = (
 WORK_UNIT = "tokens"
 
 ENGINES = ("saih", "hf-generate", "hf-continuous", "ctranslate2")
+BATCHINGS = ("prompts", "outputs", "equal", "together")
+BATCHED = ("hf-generate", "ctranslate2")
+"""Engines whose batches are made before they run."""
 TASKS = ("serve", "prefill", "decode")
 ABLATIONS = ("compute",)
 """Of engine=saih: every logit is zero, and what is left is scheduling, batching and choosing."""
@@ -41,7 +45,7 @@ PARAMETERS = (
     Parameter("engine", "saih", "", "what generates; all have the same weights and requests", choices=ENGINES),
     Parameter("task", "serve", "", "serve a trace; or one prefill, or one decode step, by itself", choices=TASKS),
     Parameter("precision", "fp32", "", "of weights, activations and cache", choices=tuple(WORD)),
-    Parameter("requests", 16, "requests", "of the trace, all there at the start", minimum=1),
+    Parameter("requests", 16, "requests", "of the trace", minimum=1),
     Parameter("prompt_tokens", 128, "tokens", "of each request, or on average", minimum=1),
     Parameter("new_tokens", 48, "tokens", "of each request, or on average", minimum=1),
     Parameter(
@@ -55,18 +59,55 @@ PARAMETERS = (
         "trace",
         "",
         "",
-        "CSV file with lengths, ours or Azure's, instead of the four above; arrivals are ignored",
+        "CSV file with lengths, ours or Azure's, instead of the four above",
         path=True,
+    ),
+    Parameter(
+        "rate_per_s",
+        0.0,
+        "requests/s",
+        "that come: at random, or as in the trace file, faster or slower; 0: all there at the start",
+        minimum=0,
+    ),
+    Parameter(
+        "batching",
+        "prompts",
+        "",
+        "hf-generate and ctranslate2 batch requests of like prompts, like outputs, equal prompts, or all together",
+        choices=BATCHINGS,
     ),
     Parameter("max_requests", 16, "requests", "most in one batch", minimum=1),
     Parameter("max_tokens", 4096, "tokens", "most in one batch; a longer prompt is prefilled in chunks", minimum=1),
     Parameter("block_size", 0, "tokens", "of the KV cache; 0: one block a request on CPUs, 16 on GPUs", minimum=0),
     Parameter(
-        "matrices", "packed", "", "saih on CPUs: laid out for oneDNN, or as torch has them", choices=("packed", "plain")
+        "matrices",
+        "prepacked",
+        "",
+        "saih on CPUs: laid out for oneDNN, or as torch has them",
+        choices=("prepacked", "plain"),
     ),
 )
 
 AXES = (
+    Axis(
+        "engine",
+        "",
+        tuple(
+            Rung(label, {"batching": "prompts", "matrices": "prepacked"} | settings, place)
+            for place, (label, settings) in enumerate(
+                {
+                    "saih": {"engine": "saih"},
+                    "saih-plain": {"engine": "saih", "matrices": "plain"},
+                    "hf-generate": {"engine": "hf-generate"},
+                    "hf-generate-outputs": {"engine": "hf-generate", "batching": "outputs"},
+                    "hf-generate-together": {"engine": "hf-generate", "batching": "together"},
+                    "hf-continuous": {"engine": "hf-continuous"},
+                    "ctranslate2": {"engine": "ctranslate2"},
+                    "ctranslate2-equal": {"engine": "ctranslate2", "batching": "equal"},
+                }.items()
+            )
+        ),
+    ),
     Axis(
         "data",
         "requests x prompt tokens",
@@ -90,21 +131,42 @@ AXES = (
 )
 
 
-def _over(engine: str, text: str) -> Claim:
-    return Claim(
-        f"over-{engine}", f"tokens/s over {text}, same trace", "work_per_s", {"engine": "saih"}, {"engine": engine}, 1.0
-    )
+_HF = {
+    "hf-generate": "generate of transformers, batches of like prompts",
+    "hf-generate-outputs": "generate of transformers, batches of like outputs",
+    "hf-generate-together": "generate of transformers, all requests in one batch",
+    "hf-continuous": "continuous batching of transformers",
+}
+_CTRANSLATE2 = {
+    "ctranslate2": "CTranslate2, batches of like prompts",
+    "ctranslate2-equal": "CTranslate2, equal prompts only in a batch",
+}
+
+
+def _over(ours: str, peer: str, text: str) -> Claim:
+    name = f"over-{peer}" if ours == "saih" else f"plain-over-{peer}"
+    return Claim(name, text, "work_per_s", {"engine": ours}, {"engine": peer}, 1.0)
 
 
 CLAIMS = (
-    _over("hf-generate", "generate of transformers in left-padded batches"),
-    _over("hf-continuous", "continuous batching of transformers"),
-    _over("ctranslate2", "CTranslate2"),
+    *(_over("saih", peer, f"tokens/s over {text}, same trace") for peer, text in (_HF | _CTRANSLATE2).items()),
+    *(
+        _over("saih-plain", peer, f"tokens/s over {text}, both with torch's own products: the engine alone")
+        for peer, text in _HF.items()
+    ),
     Claim(
-        "packing-pays",
-        "tokens/s with matrices packed for oneDNN over torch's own products",
+        "prepacking-pays-serving",
+        "tokens/s of a whole trace with matrices laid out for oneDNN over torch's own products",
         "work_per_s",
-        {"matrices": "packed"},
+        {"engine": "saih"},
+        {"engine": "saih-plain"},
+        target=1.0,
+    ),
+    Claim(
+        "prepacking-pays",
+        "tokens/s with matrices laid out for oneDNN over torch's own products",
+        "work_per_s",
+        {"matrices": "prepacked"},
         {"matrices": "plain"},
         target=1.0,
     ),
@@ -121,11 +183,22 @@ def model(params: Params) -> ModelSpec:
 
 
 def rows(params: Params, seed: int) -> list[TraceRow]:
-    """The lengths of the trace; for prefill and decode all are even."""
+    """The trace: lengths, for prefill and decode all even, and arrivals at `rate_per_s` on average."""
     if params["trace"]:
-        return [row._replace(arrival_s=0.0) for row in read_csv(Path(str(params["trace"])))]
+        return _at_rate(read_csv(Path(str(params["trace"]))), float(params["rate_per_s"]))
     prompts, outputs = (_lengths(params, name, seed) for name in ("prompt_tokens", "new_tokens"))
-    return [TraceRow(0.0, prompt, new) for prompt, new in zip(prompts, outputs, strict=True)]
+    gaps = random.Random(f"{seed} arrivals")  # noqa: S311
+    arrivals = accumulate([0.0, *(gaps.expovariate(1.0) for _ in prompts[1:])])
+    return _at_rate(
+        [TraceRow(*row) for row in zip(arrivals, prompts, outputs, strict=True)], float(params["rate_per_s"])
+    )
+
+
+def _at_rate(trace: list[TraceRow], rate_per_s: float) -> list[TraceRow]:
+    """The same gaps in proportion, so many requests a second on average; all at the start for 0."""
+    last_s = trace[-1].arrival_s
+    scale = (len(trace) - 1) / rate_per_s / last_s if rate_per_s and last_s else 0.0
+    return [row._replace(arrival_s=row.arrival_s * scale) for row in trace]
 
 
 def _lengths(params: Params, name: str, seed: int) -> list[int]:
@@ -157,7 +230,7 @@ def scheduler(params: Params) -> FirstComeFirstServed:
 
 
 def batches(params: Params, seed: int = 0) -> list[Batch]:
-    """Every batch of a step of this task: for a trace, those that the scheduler decides on."""
+    """Every batch of a step of this task: for a trace, those that the scheduler decides on if all are there at once."""
     spec, trace = model(params), rows(params, seed)
     if params["task"] == "prefill":
         return [Batch.prefill([row.prompt_tokens for row in trace])]
@@ -198,7 +271,7 @@ def _cost(items: tuple[tuple[str, bool | int | float | str], ...]) -> Cost:
     spec, word, found = model(params), WORD[str(params["precision"])], batches(params)
     trace = rows(params, 0)
     weights = stepcost.parameters(spec) * word
-    size = block_size(params, trace, "cpu")
+    size = block_size(params, trace, "cpu")  # a GPU's are smaller: no more memory, the same batches
     cache = blocks(params, trace, size) * size * stepcost.kv_bytes_per_token(spec, word)
     busiest = max(found, key=lambda batch: batch.rows)
     new = sum(batch.head_rows for batch in found)
@@ -206,6 +279,7 @@ def _cost(items: tuple[tuple[str, bool | int | float | str], ...]) -> Cost:
         flop=float(sum(stepcost.forward_flop(spec, batch) for batch in found)),
         work=float(busiest.rows if params["task"] == "prefill" else new),
         operations=tuple(each for batch in found for each in _operations(spec, batch, word)),
+        beside_s=trace[-1].arrival_s,
         parameters=stepcost.parameters(spec),
         device_bytes=3.0 * weights + cache + 2 * stepcost.activation_bytes(spec, busiest, word),
         setup_s=PEER_SETUP_S * (params["engine"] != "saih") + 2 * stepcost.parameters(spec) / RANDOM_PER_S,
@@ -216,10 +290,14 @@ def _cost(items: tuple[tuple[str, bool | int | float | str], ...]) -> Cost:
 def _check(params: Params) -> None:
     if int(params["nodes"]) * int(params["gpus"]) > 1:
         raise SaihError("generation runs on one rank; energonai cuts a model over several")
+    if params["batching"] != "prompts" and params["engine"] not in BATCHED:
+        raise SaihError(f"batching={params['batching']} is for engine={' and '.join(BATCHED)}")
+    if params["rate_per_s"] and (params["engine"] != "saih" or params["task"] != "serve"):
+        raise SaihError("rate_per_s is for engine=saih and task=serve: the others are given all requests at once")
     if params["engine"] != "saih":
         if params["task"] != "serve":
             raise SaihError(f"{params['engine']} serves whole traces only: a {params['task']} by itself is saih's")
-        if params["matrices"] != "packed":
+        if params["matrices"] != "prepacked":
             raise SaihError(f"matrices={params['matrices']} is for engine=saih; {params['engine']} has its own")
     if params["task"] != "serve" and (params["trace"] or params["lengths"] != "even"):
         raise SaihError(f"task={params['task']} takes requests of one length: no trace, lengths=even")

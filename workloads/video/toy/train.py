@@ -119,13 +119,13 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
 
 
-def save(model: Any, words: WordEmbeddings, folder: Path) -> None:
+def save(model: Any, words: WordEmbeddings, folder: Path, scheduler: Any = None) -> None:
     """Write a checkpoint in half precision: the layout of diffusers, and the table of words."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(folder / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder / "scheduler")
+    (scheduler or FlowMatchEulerDiscreteScheduler(shift=SHIFT)).save_pretrained(folder / "scheduler")
     words.save(folder)
 
 

@@ -1,33 +1,40 @@
-"""Packed matrices give the logits of plain ones, in every family, and say where they cannot be."""
+"""Prepacked matrices give the logits of plain ones, in every family, and say where they cannot be."""
 
 import pytest
 import torch
 
 from saih.errors import SaihError
 from workloads.llm import config, loader
+from workloads.llm import prepack as prepack_module
 from workloads.llm.attention import AttnMeta
 from workloads.llm.model import Stage
-from workloads.llm.packed import pack
+from workloads.llm.prepack import prepack
 from workloads.llm.shard import ColumnLinear, RowLinear
 
 
 @pytest.mark.parametrize("name", ["llama-tiny", "gpt-tiny", "opt-tiny", "bert-tiny"])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @torch.inference_mode()
-def test_packed_logits_are_those_of_plain_matrices(name: str, dtype: torch.dtype, atol: float) -> None:
+def test_prepacked_logits_are_those_of_plain_matrices(name: str, dtype: torch.dtype, atol: float) -> None:
     spec = config.preset(name)
     stage = Stage(spec, dtype=dtype)
     loader.random_init(stage, 3)
     meta = AttnMeta.packed([5, 1, 17], causal=spec.causal)
     ids = torch.arange(23) * 7 % spec.vocab
     wanted = stage(ids, meta)
-    pack(stage)
+    prepack(stage)
     assert all(each.weight.is_mkldnn for each in stage.modules() if isinstance(each, ColumnLinear | RowLinear))
     assert wanted.std() > 0.1
     torch.testing.assert_close(stage(ids, meta), wanted, atol=atol, rtol=0)
 
 
-def test_matrices_that_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrices_that_cannot_be_prepacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(SaihError, match="on a CPU with oneDNN only"):
-        pack(Stage(config.preset("llama-tiny")))
+        prepack(Stage(config.preset("llama-tiny")))
+
+
+def test_a_torch_without_the_operators_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepack_module, "OPERATORS", ("_reorder_linear_weight", "_gone"))
+    with pytest.raises(SaihError, match=r"lacks mkldnn._gone, which prepacked matrices need; use torch 2.13"):
+        prepack(Stage(config.preset("llama-tiny")))

@@ -1,0 +1,1 @@
+"""Chorus: a store of earlier requests' latents that similar requests begin from."""
