@@ -34,10 +34,12 @@ from saih.errors import SaihError
 from saih.files import blamed_on, digest, read_record, write_atomic, write_json, write_json_once
 from saih.timing import Samples, StepClock, run_steps
 
-BESIDE = ("gemm", "conv3d")
-"""Kernels of the workload `ceilings` that are timed beside a point that asks for it."""
-BESIDE_SIZE = {"cpu": 1024, "cuda": 8192}
-BESIDE_STEPS = 5
+BESIDE_SIZE = {"cpu": {"gemm": 1024, "conv3d": 2048}, "cuda": {"gemm": 8192, "conv3d": 8192}}
+"""Kernels of the workload `ceilings` that are timed beside a point that asks for it.
+
+Large enough for what a kernel sustains, small enough to take some hundredths of a second.
+"""
+BESIDE_STEPS = 3
 HOST_BYTES = 64
 PR_SET_PDEATHSIG = 1
 MEETING = datetime.timedelta(minutes=5)
@@ -215,9 +217,12 @@ class Beside:
         self.line_up, self.clock = line_up, StepClock(device)
         family = workload.spec("ceilings")
         params = {name: parameter.default for name, parameter in workload.parameters(family).items()}
-        params |= {"size": BESIDE_SIZE[self.clock.kind], "precision": precision}
+        params["precision"] = precision
         context = Context(Place(0, 0, 1), device, "")
-        points = {name: Point("ceilings", params | {"kernel": name}) for name in BESIDE}
+        points = {
+            name: Point("ceilings", params | {"kernel": name, "size": size})
+            for name, size in BESIDE_SIZE[self.clock.kind].items()
+        }
         self.kernels = {name: workload.bench("ceilings").setup(each, context) for name, each in points.items()}
 
     def time(self) -> dict[str, list[float]]:
