@@ -129,7 +129,51 @@ AXES = (
 data=128, model=w32 is the MLPerf HPC network: 8,907,556 parameters, 68.86 GFLOP forward per sample, the lower end of
 the range SAIH is reported to have covered; data=512, model=w64, 16.2 TFLOP, is its upper end."""
 
+SMALLEST, LARGEST = {"data": "16", "model": "w2"}, {"data": "64", "model": "w64"}
+"""Ends of the study's grid of data and model."""
+
 CLAIMS = (
+    Claim(
+        "range-over-data-and-model",
+        "share of the conv3d timed beside: largest volume and network over the smallest",
+        "percent_of_conv3d",
+        LARGEST,
+        SMALLEST,
+        target=8.0,
+        paper="5.2 % -> 59.6 % of peak as data and model grow together",
+    ),
+    Claim(
+        "best-cell-of-conv3d",
+        "% of the conv3d timed beside, a whole training step of the widest network with two convolutions a stage",
+        "percent_of_conv3d",
+        {"data": "32", "model": "w64x2"},
+        {},
+        target=80.0,
+    ),
+    Claim(
+        "best-cell-of-gemm",
+        "% of the GEMM timed beside, same cell",
+        "percent_of_gemm",
+        {"data": "32", "model": "w64x2"},
+        {},
+        target=60.0,
+    ),
+    Claim(
+        "transformer-of-gemm",
+        "% of the GEMM timed beside, a training step of the vision transformer at the largest volume",
+        "percent_of_gemm",
+        {"data": "64", "model": "vit-ti"},
+        {},
+        target=60.0,
+    ),
+    Claim(
+        "slow-convolution-cliff",
+        "FLOP/s at batch 2 over batch 1 on one thread, where torch leaves oneDNN for its slow_conv3d",
+        "flop_per_s",
+        {"batch": "2"},
+        {"batch": "1"},
+        target=2.0,
+    ),
     Claim(
         "percent-of-peak-rises-with-data",
         "% of peak at the largest volume over the smallest, same width; the network deepens with the volume",
