@@ -286,5 +286,7 @@ def _memory(net: Network, batch: int, word: int, params: Params) -> float:
     volumes = samples * int(params["mesh"]) ** 3 * int(params["channels"]) * (2 + word)
     if backend == "fsdp" and ranks > 1:
         return volumes + sharded_peak_bytes(units, samples, checkpoint, ranks)
+    if backend == "spatial" and isinstance(net, ConvNet):  # the input of each convolution again, with borrowed planes
+        volumes += samples * sum(word * conv.inputs * conv.side**2 * (conv.side + 2 * ranks) for conv in net.convs)
     stand = ranks > 1 and backend in ("ddp", "spatial")
     return volumes + peak_bytes(units, samples, checkpoint, stand)
