@@ -44,9 +44,9 @@ def two_universes_a_shard() -> Iterator[None]:
 
 
 @pytest.fixture(params=STORAGES)
-def storage(request: pytest.FixtureRequest) -> str:
+def storage(request: pytest.FixtureRequest, require_package: Callable[[str, str], None]) -> str:
     if request.param == "hdf5-lz4":
-        pytest.importorskip("hdf5plugin", reason="hdf5plugin is not installed")
+        require_package("hdf5plugin", "pip install hdf5plugin")
     return str(request.param)
 
 
