@@ -86,8 +86,9 @@ COMMON = (
     Parameter("steps", 5, "steps", "timed steps at the least", minimum=1),
     Parameter("seconds", 1.0, "s", "go on timing until this much time is measured ...", minimum=0),
     Parameter("max_steps", 50, "steps", "... or this many steps", minimum=1),
+    Parameter("beside", False, "", "time GEMM and conv3d right before and after too: % of what they gave at that time"),
 )
-"""Parameters every workload has: the allocation, and how long a point is measured."""
+"""Parameters every workload has: the allocation, how long a point is measured, and beside what."""
 
 
 @dataclass(frozen=True)
@@ -287,11 +288,15 @@ class Check:
     passed: bool
     numbers: Mapping[str, float] = field(default_factory=dict)
     why: str = ""
+    notes: tuple[str, ...] = ()
+    """What was seen on the way that explains the speed, in words; each is printed once, with the cells it holds for."""
 
 
 @dataclass(frozen=True)
 class Claim:
     """What a workload promises, in one line of data: `metric` at `numerator` over `metric` at `denominator`.
+
+    Without a denominator it is about `metric` at `numerator` itself.
 
     The metric is `step_s`, a rate, or `check_<name>` for a number of `Check.numbers`: quality, say, or counted work.
 

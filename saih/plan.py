@@ -19,6 +19,8 @@ LAUNCH_S = {"cpu": 1e-4, "cuda": 3e-5}
 """Seconds to dispatch one listed operation and the small ones around it from Python; a planning figure."""
 LAUNCH_OVERHEAD_S = 6.0
 """Seconds to start a launcher and import torch on every rank."""
+BESIDE_S = 1.0
+"""Seconds to time the kernels that a point is compared with, where it asks for them; a planning figure."""
 RESERVED_GIB = 0.5
 """Memory a rank holds before it allocates anything: interpreter, torch, communication buffers."""
 
@@ -144,7 +146,8 @@ class _Planner:
             return Forecast(point, cost, step_s, 0.0), None
         steps = point.timed_steps(step_s) + int(point.params["warmup"]) + cost.check_steps
         made = data_set in self.data_sets
-        forecast = Forecast(point, cost, step_s, steps * step_s + (0.0 if made else cost.setup_s))
+        extra_s = (0.0 if made else cost.setup_s) + (BESIDE_S if point.params.get("beside") else 0.0)
+        forecast = Forecast(point, cost, step_s, steps * step_s + extra_s)
         obstacle = _obstacle(forecast, self.site, math.inf if made else self.free_disk)
         if obstacle is None and not made:
             self.data_sets.add(data_set)

@@ -1,25 +1,23 @@
-"""A folder of universes, one .npy file each: made in parallel, read with plain read() calls.
+"""A folder of universes in shards: made in parallel, read by any number of threads.
 
-Reading needs torch, numpy and the standard library. Making universes needs colossus as well.
+Reading needs torch, numpy and the standard library (compressed HDF5: h5py). Making universes needs colossus as well,
+and h5py for HDF5.
 """
 
 import hashlib
-import os
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from io import FileIO
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from workloads.cosmology import power, universe
-
-Voxels = NDArray[np.int16]
+from workloads.cosmology.shards import Made, Manifest, write_shard
+from workloads.cosmology.storages import DEFAULT_STORAGE, volumes_per_shard
+from workloads.cosmology.volumes import VOXEL, Volumes, Voxels
 
 REDSHIFTS = (0.0, 0.5, 1.5, 3.0)
 """Redshift of each channel, in order. MLPerf HPC CosmoFlow has four snapshots too; these values are our own choice."""
@@ -28,7 +26,6 @@ VOXEL_MPC_H = 4.0
 """Side of a voxel where a recipe does not give its box, so the box grows with the mesh."""
 
 _GENERATOR_VERSION = 1  # part of the folder's name: raise it when the same recipe comes to give other bytes
-_DTYPE = np.dtype("<i2")
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,8 @@ class Recipe:
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of one universe's voxels; its file is a header of 128 bytes longer."""
-        return self.mesh**3 * self.channels * _DTYPE.itemsize
+        """Bytes of one universe's voxels."""
+        return self.mesh**3 * self.channels * VOXEL.itemsize
 
     @property
     def dataset_bytes(self) -> int:
@@ -76,33 +73,69 @@ class Recipe:
         return self.samples * self.sample_bytes
 
     @property
-    def folder_name(self) -> str:
-        """Name of the dataset's folder; without `samples`, so a larger dataset takes over a smaller one's universes."""
+    def name(self) -> str:
+        """All that decides a universe's bytes besides its index."""
         return (
             f"universes-v{_GENERATOR_VERSION}-mesh{self.mesh}-channels{self.channels}"
             f"-box{self.box_mpc_h:g}-seed{self.seed}"
         )
 
+    @property
+    def per_shard(self) -> int:
+        """Universes in a shard; the last one may hold fewer."""
+        return volumes_per_shard(self.sample_bytes)
 
-def generate(root: Path, recipe: Recipe, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> int:
-    """Make the universes that are missing among this rank's share (index % world == rank); return how many.
+    @property
+    def shards(self) -> int:
+        return -(-self.samples // self.per_shard)
+
+    def shard(self, number: int) -> range:
+        """Indices of the universes in a shard."""
+        return range(number * self.per_shard, min(self.samples, (number + 1) * self.per_shard))
+
+
+def generate(
+    root: Path,
+    recipe: Recipe,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    storage: str = DEFAULT_STORAGE,
+) -> int:
+    """Make the shards that are missing among this rank's share (shard % world == rank); return how many universes.
 
     The bytes do not depend on `rank` and `world`. They may on the processor, the version of torch and, in the order
-    of a sum, on a GPU. A killed process leaves at most a temporary file; several ranks making one universe do no harm.
+    of a sum, on a GPU. A killed process leaves at most a temporary file; several ranks making one shard do no harm.
     On CPU, ranks of one thread each are the fastest and least disturbed by other work on the machine.
 
     Raises:
         ImportError: colossus is not installed.
+        SaihError: the storage is unknown or needs a library that is not installed.
         ValueError: `rank` is not within `world`.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank must be 0 to {world - 1}, not {rank}")
-    folder = root / recipe.folder_name
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [index for index in range(rank, recipe.samples, world) if not _path(folder, index).exists()]
-    for index in missing:
-        _write(_path(folder, index), make_universe(recipe, index, device).cpu().numpy())
-    return len(missing)
+    made = 0
+    for shard in missing(root, recipe, storage):
+        if shard % world != rank:
+            continue
+        indices = recipe.shard(shard)
+        told = {**asdict(recipe), "generator_version": _GENERATOR_VERSION}
+        del told["samples"]  # of the dataset that was asked for, not of this shard
+        universes = (_made(recipe, index, device) for index in indices)
+        write_shard(_path(root, recipe, storage, shard), storage, universes, (len(indices), *recipe.shape), told)
+        made += len(indices)
+    return made
+
+
+def missing(root: Path, recipe: Recipe, storage: str = DEFAULT_STORAGE) -> list[int]:
+    """Numbers of the shards that are not there, or hold too few universes."""
+
+    def lacks(shard: int) -> bool:
+        path = _path(root, recipe, storage, shard)
+        return not (path.exists() and Manifest.read(path).is_whole(len(recipe.shard(shard))))
+
+    return [shard for shard in range(recipe.shards) if lacks(shard)]
 
 
 def make_universe(recipe: Recipe, index: int, device: torch.device | str = "cpu") -> Tensor:
@@ -132,94 +165,50 @@ def noise_seed(seed: int, index: int) -> int:
     return (family + index) % 2**32
 
 
-class Dataset:
-    """The universes of a recipe under `root`, which `generate` has made."""
+class Dataset(Volumes):
+    """The universes of a recipe under `root`, which `generate` has made: periodic boxes.
 
-    def __init__(self, root: Path, recipe: Recipe) -> None:
-        self.folder = root / recipe.folder_name
-        self.recipe = recipe
+    A universe is held against its checksum the first time this object reads it.
+    """
+
+    periodic = True
+    mean_count = float(universe.PARTICLES_PER_CELL)
+
+    def __init__(self, root: Path, recipe: Recipe, storage: str = DEFAULT_STORAGE) -> None:
+        self.root, self.recipe, self.storage = root, recipe, storage
+        self.shape, self.per_file = recipe.shape, recipe.per_shard
+        self._manifest = cache(lambda shard: Manifest.read(_path(root, recipe, storage, shard)))
+        self._verified = bytearray(recipe.samples)
 
     def __len__(self) -> int:
         return self.recipe.samples
 
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """Read universes into a new tensor: int16 [len(indices), mesh, mesh, mesh, channels].
-
-        Unbuffered read() calls rather than a memory map, so the system accounts for the bytes.
-
-        Raises:
-            IndexError: there is no such universe in the recipe.
-            ValueError: a universe's file is missing or damaged; the message names it.
-        """
-        self._check(indices)
-        universes = torch.empty(len(indices), *self.recipe.shape, dtype=torch.int16)
-        for target, index in zip(universes.numpy(), indices, strict=True):
-            _read(_path(self.folder, index), target)
-        return universes
+    def read_into(self, index: int, target: Voxels) -> None:
+        self._check([index], self.root / folder_name(self.recipe, self.storage))
+        shard, row = divmod(index, self.recipe.per_shard)
+        self._manifest(shard).read_into(row, target, verify=not self._verified[index])
+        self._verified[index] = True
 
     def targets(self, indices: Sequence[int]) -> Tensor:
-        """The parameters to be learnt, each in [-1, 1], drawn again from the seed: float32 [len(indices), 4].
-
-        Raises:
-            IndexError: there is no such universe in the recipe.
-        """
-        self._check(indices)
+        """Drawn again from the seed. Raises IndexError if there is no such universe in the recipe."""
+        self._check(indices, self.root / folder_name(self.recipe, self.storage))
         scaled = [power.targets(power.draw(self.recipe.seed, index)) for index in indices]
         return torch.from_numpy(np.array(scaled, dtype=np.float32).reshape(len(indices), len(power.RANGES)))
 
-    def _check(self, indices: Sequence[int]) -> None:
-        for index in indices:
-            if not 0 <= index < self.recipe.samples:
-                raise IndexError(f"universe {index} is not among the {self.recipe.samples} of {self.folder}")
+    def files(self, indices: Sequence[int]) -> list[Path]:
+        return [self._manifest(shard).data for shard in sorted({index // self.recipe.per_shard for index in indices})]
 
 
-def _path(folder: Path, index: int) -> Path:
-    return folder / f"universe-{index:06d}.npy"
+def folder_name(recipe: Recipe, storage: str) -> str:
+    """Name of a dataset's folder; without `samples`, so a larger dataset takes over a smaller one's shards."""
+    return f"{recipe.name}-{storage}"
 
 
-def _write(path: Path, voxels: Voxels) -> None:
-    """Write a .npy file that is there whole or not at all, even if the machine stops."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            np.save(file, voxels.astype(_DTYPE, copy=False))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _path(root: Path, recipe: Recipe, storage: str, shard: int) -> Path:
+    return root / folder_name(recipe, storage) / f"shard-{shard:06d}.json"
 
 
-def _read(path: Path, target: Voxels) -> None:
-    """Fill `target` (contiguous) from a .npy file, which must hold just that shape and type."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            _check_header(file, target)
-            buffer = memoryview(target.data).cast("B")
-            expected = file.tell() + len(buffer)
-            size = os.fstat(file.fileno()).st_size
-            if size != expected:
-                raise ValueError(f"it has {size} bytes and should have {expected}")
-            while buffer:
-                count = file.readinto(buffer)
-                if not count:
-                    raise ValueError(f"it ended {len(buffer)} bytes early")
-                buffer = buffer[count:]
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: generate the dataset first") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it and generate the dataset again") from error
-
-
-def _check_header(file: FileIO, target: Voxels) -> None:
-    """Read a .npy header, leaving the file where its voxels begin."""
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("it is not a .npy file of version 1.0")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if (shape, fortran_order, dtype) != (target.shape, False, _DTYPE):
-        raise ValueError(f"it holds {dtype} {shape}, not {_DTYPE} {target.shape}")
+def _made(recipe: Recipe, index: int, device: torch.device | str) -> Made:
+    cosmology = power.draw(recipe.seed, index)
+    about = {**asdict(cosmology), "noise_seed": noise_seed(recipe.seed, index)}
+    return Made(make_universe(recipe, index, device).cpu().numpy(), power.targets(cosmology), about)
