@@ -8,7 +8,6 @@ import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from io import FileIO
 from pathlib import Path
 
@@ -18,16 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workloads.cosmology import power, universe
+from workloads.cosmology.mesh import Mesh
+from workloads.cosmology.naming import VOXEL_MPC_H, folder_name
 
 Voxels = NDArray[np.int16]
 
 REDSHIFTS = (0.0, 0.5, 1.5, 3.0)
 """Redshift of each channel, in order. MLPerf HPC CosmoFlow has four snapshots too; these values are our own choice."""
 
-VOXEL_MPC_H = 4.0
-"""Side of a voxel where a recipe does not give its box, so the box grows with the mesh."""
-
-_GENERATOR_VERSION = 1  # part of the folder's name: raise it when the same recipe comes to give other bytes
 _DTYPE = np.dtype("<i2")
 
 
@@ -41,6 +38,8 @@ class Recipe:
         seed: the family of universes. Training and validation take different seeds.
         samples: number of universes.
         box_mpc_h: side of a universe in Mpc/h; 0, the default, becomes `VOXEL_MPC_H` a voxel.
+        fidelity: one of `universe.FIDELITIES`.
+        refine: lattice particles a voxel along each axis.
 
     Raises:
         ValueError: a number is out of range.
@@ -51,12 +50,16 @@ class Recipe:
     seed: int
     samples: int
     box_mpc_h: float = 0.0
+    fidelity: str = "lpt"
+    refine: int = 1
 
     def __post_init__(self) -> None:
         if self.mesh < 2 or self.samples < 1 or self.box_mpc_h < 0:
             raise ValueError(f"a recipe needs mesh >= 2, samples >= 1, box_mpc_h >= 0: {self}")
         if not 1 <= self.channels <= len(REDSHIFTS):
             raise ValueError(f"channels must be 1 to {len(REDSHIFTS)}, one for each of z = {REDSHIFTS}: {self}")
+        if self.fidelity not in universe.FIDELITIES or self.refine < 1:
+            raise ValueError(f"a recipe needs a fidelity of {', '.join(universe.FIDELITIES)} and refine >= 1: {self}")
         if self.box_mpc_h == 0:
             object.__setattr__(self, "box_mpc_h", VOXEL_MPC_H * self.mesh)
 
@@ -78,10 +81,7 @@ class Recipe:
     @property
     def folder_name(self) -> str:
         """Name of the dataset's folder; without `samples`, so a larger dataset takes over a smaller one's universes."""
-        return (
-            f"universes-v{_GENERATOR_VERSION}-mesh{self.mesh}-channels{self.channels}"
-            f"-box{self.box_mpc_h:g}-seed{self.seed}"
-        )
+        return folder_name(self.mesh, self.channels, self.box_mpc_h, self.seed, self.fidelity, self.refine)
 
 
 def generate(root: Path, recipe: Recipe, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> int:
@@ -105,28 +105,28 @@ def generate(root: Path, recipe: Recipe, rank: int = 0, world: int = 1, device: 
     return len(missing)
 
 
-def make_universe(recipe: Recipe, index: int, device: torch.device | str = "cpu") -> Tensor:
-    """Universe number `index` of a recipe: int16 [mesh, mesh, mesh, channels].
+def make_universe(recipe: Recipe, index: int, device: torch.device | str = "cpu", spread: bool = False) -> Tensor:
+    """Universe number `index` of a recipe: int16 [mesh, mesh, mesh, channels], or a rank's slab if it is `spread`.
 
     Raises:
         ImportError: colossus is not installed.
     """
-    cosmology = power.draw(recipe.seed, index)
     return universe.grow(
-        partial(power.linear_power, cosmology),
-        power.growth(cosmology, np.array(REDSHIFTS[: recipe.channels])),
-        recipe.mesh,
+        power.draw(recipe.seed, index),
+        REDSHIFTS[: recipe.channels],
+        Mesh(recipe.mesh, device, spread=spread),
         recipe.box_mpc_h,
-        torch.Generator().manual_seed(noise_seed(recipe.seed, index)),
-        device,
+        noise_seed(recipe.seed, index),
+        recipe.fidelity,
+        recipe.refine,
     )
 
 
 def noise_seed(seed: int, index: int) -> int:
-    """Seed of a universe's white noise: distinct for the first 2^32 universes of a family.
+    """Seed of a universe's white noise, 32 bits: distinct for the first 2^32 universes of a family.
 
-    torch's CPU generator uses the low 32 bits of its seed and drops the rest, so those must differ. Two families of n
-    universes share a few noise fields with a probability of about 2 n / 2^32 (of other cosmologies, still).
+    Two families of n universes share a few noise fields with a probability of about 2 n / 2^32 (of other cosmologies,
+    still).
     """
     family = int.from_bytes(hashlib.sha256(f"noise {seed}".encode()).digest()[:4], "little")
     return (family + index) % 2**32
