@@ -6,7 +6,7 @@ Reading needs torch, numpy and the standard library. Making universes needs colo
 import hashlib
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -84,12 +84,20 @@ class Recipe:
         return folder_name(self.mesh, self.channels, self.box_mpc_h, self.seed, self.fidelity, self.refine)
 
 
-def generate(root: Path, recipe: Recipe, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> int:
+def generate(
+    root: Path,
+    recipe: Recipe,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    make: Callable[[Recipe, int, torch.device | str], Tensor] | None = None,
+) -> int:
     """Make the universes that are missing among this rank's share (index % world == rank); return how many.
 
     The bytes do not depend on `rank` and `world`. They may on the processor, the version of torch and, in the order
     of a sum, on a GPU. A killed process leaves at most a temporary file; several ranks making one universe do no harm.
-    On CPU, ranks of one thread each are the fastest and least disturbed by other work on the machine.
+    On CPU, ranks of one thread each are the fastest and least disturbed by other work on the machine. `make` takes the
+    place of `make_universe`: the ranks behind it may be many.
 
     Raises:
         ImportError: colossus is not installed.
@@ -101,7 +109,7 @@ def generate(root: Path, recipe: Recipe, rank: int = 0, world: int = 1, device: 
     folder.mkdir(parents=True, exist_ok=True)
     missing = [index for index in range(rank, recipe.samples, world) if not _path(folder, index).exists()]
     for index in missing:
-        _write(_path(folder, index), make_universe(recipe, index, device).cpu().numpy())
+        _write(_path(folder, index), (make or make_universe)(recipe, index, device).cpu().numpy())
     return len(missing)
 
 

@@ -60,14 +60,21 @@ def grow(
     """
     lattice = mesh.refined(refine)
     psi = displacements(lattice, linear_modes(partial(power.linear_power, cosmology), lattice, box_mpc_h, seed))
+    return seen(cosmology, redshifts, mesh, psi, fidelity, refine)
+
+
+def seen(
+    cosmology: Cosmology, redshifts: Sequence[float], mesh: Mesh, psi: Tensor, fidelity: str, refine: int
+) -> Tensor:
+    """What `grow` makes of the displacements of a refined lattice; `pm` makes use of their memory."""
     counts = torch.empty(*mesh.empty().shape, len(redshifts), dtype=torch.int16, device=mesh.device)
-    for channel, positions in _seen(cosmology, redshifts, lattice, psi, fidelity):
+    for channel, positions in _snapshots(cosmology, redshifts, mesh.refined(refine), psi, fidelity):
         in_voxels = (each.div_(refine) for each in positions) if refine > 1 else positions
-        counts[..., channel] = _counts(particles.paint(mesh, in_voxels), refine)
+        counts[..., channel] = counted(particles.paint(mesh, in_voxels).div_(refine**3))
     return counts
 
 
-def _seen(
+def _snapshots(
     cosmology: Cosmology, redshifts: Sequence[float], lattice: Mesh, psi: Tensor, fidelity: str
 ) -> Iterator[tuple[int, Iterator[Tensor]]]:
     """The channel of each redshift, and where the particles are then, in pieces."""
@@ -79,9 +86,9 @@ def _seen(
         yield channel, (each.clone() for each in particles.pieces(lattice, positions))
 
 
-def _counts(density: Tensor, refine: int) -> Tensor:
-    """Whole particles: int16, as many as it holds at the most."""
-    counts = density.mul_(PARTICLES_PER_CELL / refine**3).round_().clamp_(max=torch.iinfo(torch.int16).max)
+def counted(density: Tensor) -> Tensor:
+    """Whole particles in voxels of a density whose mean is one: int16, as many as it holds at the most."""
+    counts = density.mul_(PARTICLES_PER_CELL).round_().clamp_(max=torch.iinfo(torch.int16).max)
     return counts.to(torch.int16)
 
 
