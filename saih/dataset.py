@@ -36,7 +36,7 @@ class DataSet:
 
 
 def plan(name: str, settings: Mapping[str, language.Scalar], seed: int, site: Site) -> tuple[DataSet, Plan]:
-    """What there is to make, and the plan that makes it: all ranks of a node, and as many shards as the site's jobs ask.
+    """What there is to make, and the plan that makes it: all ranks of a node, a shard for each job that it takes.
 
     What is there stays: the shards are looked through again and what they lack is made.
 
@@ -45,10 +45,8 @@ def plan(name: str, settings: Mapping[str, language.Scalar], seed: int, site: Si
     """
     fixed = _settings(name, settings, site)
     params = _params(name, fixed, seed, site)
-    data = DataSet(
-        Path(site.data_folder) / workload.maker(name).data_folder(params, seed),
-        workload.spec(name).cost(params).disk_bytes,
-    )
+    folder = Path(site.data_folder) / workload.maker(name).data_folder(params, seed)
+    data = DataSet(folder, workload.spec(name).cost(params).disk_bytes)
     _refuse_short_disk(data, site)
     whole = _shards(name, fixed, 1, seed, site, data)
     seconds = max((item.point_s for item in whole.kept), default=0.0) or _late_s(whole)
