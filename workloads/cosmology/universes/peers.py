@@ -10,6 +10,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from workloads.cosmology.universe import counted
 
 def pycola3(cosmology: Cosmology, mesh: Mesh, box_mpc_h: float, seed: int) -> Tensor:
     """COLA from the scale factor our particle mesh begins at, in as many steps, on a force mesh of the same side."""
-    evolve: Callable[..., tuple[Any, ...]] = _package("pycola3.evolve").evolve
+    evolve: Callable[..., tuple[Any, ...]] = _with_plain_numbers(_package("pycola3.evolve")).evolve
     psi = universe.displacements(
         mesh, universe.linear_modes(partial(power.linear_power, cosmology), mesh, box_mpc_h, seed)
     )
@@ -50,6 +51,20 @@ def pycola3(cosmology: Cosmology, mesh: Mesh, box_mpc_h: float, seed: int) -> Te
     )
     positions = torch.from_numpy(np.stack(found[:3])).flatten(1).div_(voxel)
     return counted(particles.paint(mesh, particles.pieces(mesh, positions)))[..., None]
+
+
+def _with_plain_numbers(module: Any) -> Any:
+    """pycola3's module, made for NumPy 1: there a float64 number leaves float32 arrays as they are. A Python one does."""
+    if not isinstance(module.interpolate, SimpleNamespace):
+        interp1d = module.interpolate.interp1d
+        module.interpolate = SimpleNamespace(interp1d=lambda *given, **named: _plain(interp1d(*given, **named)))
+        for name in ("growth_2lpt", "d_growth2", "_q_factor", "_vel_coef", "_displ_coef"):
+            setattr(module, name, _plain(getattr(module, name)))
+    return module
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., float]:
+    return lambda *given: float(function(*given))
 
 
 def powerbox(cosmology: Cosmology, mesh: Mesh, box_mpc_h: float, seed: int) -> Tensor:
