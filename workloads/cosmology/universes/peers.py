@@ -54,7 +54,7 @@ def pycola3(cosmology: Cosmology, mesh: Mesh, box_mpc_h: float, seed: int) -> Te
 
 
 def _with_plain_numbers(module: Any) -> Any:
-    """pycola3's module, made for NumPy 1: there a float64 number leaves float32 arrays as they are. A Python one does."""
+    """pycola3's module, made for NumPy 1: there a float64 number leaves float32 arrays alone. Python's does."""
     if not isinstance(module.interpolate, SimpleNamespace):
         interp1d = module.interpolate.interp1d
         module.interpolate = SimpleNamespace(interp1d=lambda *given, **named: _plain(interp1d(*given, **named)))
