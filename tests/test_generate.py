@@ -1,4 +1,4 @@
-"""`saih generate`: a data set alone, resumed after a kill, refused where it does not fit, spread over ranks and jobs."""
+"""`saih generate`: a data set alone, goes on after a kill, refused where it does not fit, shared by ranks and jobs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workloads.cosmology.mesh import Mesh
 
-AT_ONCE = 1 << 15
+AT_ONCE = 1 << 16
 """Small enough for the temporaries to stay in a core's cache: 2^18 took 1.5 times as long to paint on 128^3."""
 
 SENT_AT_ONCE = 1 << 20
@@ -127,8 +127,9 @@ def _cells(mesh: Mesh, positions: Tensor) -> tuple[Tensor, Tensor]:
     whole = positions.floor()
     fraction = positions - whole
     whole.sub_((whole / mesh.side).floor_(), alpha=mesh.side)  # faster than remainder, exact for whole numbers
-    x, y, z = whole.long()
-    return x.sub_(mesh.first).mul_(mesh.side + 1).add_(y).mul_(mesh.side + 1).add_(z), fraction
+    small = (mesh.planes + 1) * (mesh.side + 1) ** 2 < 2**31
+    x, y, z = whole.to(torch.int32 if small else torch.int64)  # half the bytes to pass over
+    return x.sub_(mesh.first).mul_(mesh.side + 1).add_(y).mul_(mesh.side + 1).add_(z).long(), fraction
 
 
 def _scatter(grid: Tensor, lower: Tensor, fraction: Tensor) -> None:
