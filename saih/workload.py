@@ -48,8 +48,8 @@ class Maker(Protocol):
     def data_folder(self, params: Params, seed: int) -> str:
         """Folder of the data set below the site's data folder."""
 
-    def there_bytes(self, params: Params, seed: int, data_folder: Path) -> float:
-        """Bytes of the data set that are below that data folder, of the `disk_bytes` that it has."""
+    def there_bytes(self, params: Params, seed: int, root: Path) -> float:
+        """How many of its bytes are there below the site's data folder `root`."""
 
 
 class BenchModule(Protocol):

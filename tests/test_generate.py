@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from saih import cli, dataset, site, workload
 from saih import plan as planning
@@ -126,6 +127,19 @@ def test_a_long_making_is_shared_by_jobs_that_are_short_enough(tmp_path: Path) -
     assert sum(item.cost.disk_bytes for item in plan.kept) == 4000 * 64**3 * 8
 
 
+def test_realisations_grow_to_more_than_a_disk_holds_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From 12 universes to 786432 of 64^3 voxels, int16 at 4 redshifts: 25 MB to 1.65 TB."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "free_bytes", lambda folder: 300e6)
+    assert cli.main(["sweep", "universes", "--axis", "realisations", "--dry-run"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for rung, size in ((192, "0.403"), (786432, "1.65e+03")):
+        assert f"realisations={rung}: needs {size} GB of data" in told, told
+    assert "realisations=48:" not in told
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -144,6 +158,21 @@ def test_mistakes_are_one_line(
     monkeypatch.setattr(planning, "free_bytes", lambda folder: 1e15)
     assert cli.main(words) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("samples", "pieces", "piece", "gpus"), [(5, 1, 0, 2), (9, 2, 1, 2), (4, 1, 0, 3)])
+def test_the_plan_counts_the_universes_of_the_busiest_rank(
+    samples: int, pieces: int, piece: int, gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two universes a shard; ranks take shards, so some have more to do."""
+    monkeypatch.setattr(storages, "SHARD_BYTES", 2 * 8**3 * 2)
+    asked = {"samples": samples, "pieces": pieces, "piece": piece, "gpus": gpus}
+    params = point(mesh=8, channels=1, **spec.GENERATE, **asked).params
+    recipe = spec.recipe(params, 0)
+    empty = torch.zeros(recipe.shape, dtype=torch.int16)
+    made = [generate(tmp_path, recipe, *share, make=lambda *which: empty) for share in spec.shares(params)]
+    assert spec.cost(params).work == max(made) * recipe.sample_bytes
+    assert spec.cost(params).disk_bytes == sum(made) * recipe.sample_bytes
 
 
 def test_the_plan_knows_the_folder_that_is_filled() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workloads.cosmology import power, universe
 from workloads.cosmology.mesh import Mesh
-from workloads.cosmology.recipe import GENERATOR_VERSION, REDSHIFTS, Recipe
+from workloads.cosmology.recipe import GENERATOR_VERSION, REDSHIFTS, Recipe, shard_name
 from workloads.cosmology.shards import Made, Manifest, write_shard
 from workloads.cosmology.storages import DEFAULT_STORAGE
 from workloads.cosmology.volumes import Volumes, Voxels
@@ -132,7 +132,7 @@ def _lacking(root: Path, recipe: Recipe, storage: str, shards: Sequence[int]) ->
 
 
 def _path(root: Path, recipe: Recipe, storage: str, shard: int) -> Path:
-    return root / recipe.folder_name(storage) / f"shard-{shard:06d}.json"
+    return root / recipe.folder_name(storage) / f"{shard_name(shard)}.json"
 
 
 def _made(recipe: Recipe, index: int, voxels: Tensor) -> Made:

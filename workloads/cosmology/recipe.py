@@ -103,15 +103,17 @@ class Recipe:
 
     def there_bytes(self, root: Path, storage: str) -> int:
         """Bytes of the universes that lie in whole shards under `root`, going by the names of the files."""
-        names = {path.name for path in (root / self.folder_name(storage)).glob("shard-*")}
-        most: dict[int, int] = {}
-        for name in names:
-            if "volumes" in name:
-                _, number, volumes, _ = name.split("-")
-                most[int(number)] = max(int(volumes), most.get(int(number), 0))
-        whole = (
-            universes
-            for number in range(self.shards)
-            if most.get(number, 0) >= (universes := len(self.shard(number))) and f"shard-{number:06d}.json" in names
-        )
+        folder = root / self.folder_name(storage)
+        told = {path.stem for path in folder.glob("shard-*.json")}
+        held: dict[str, int] = {}
+        for path in folder.glob("shard-*-volumes.*"):
+            name, volumes, _ = path.name.rsplit("-", 2)
+            held[name] = max(int(volumes), held.get(name, 0))
+        asked = {shard_name(number): len(self.shard(number)) for number in range(self.shards)}
+        whole = (volumes for name, volumes in asked.items() if name in told and held.get(name, 0) >= volumes)
         return sum(whole) * self.sample_bytes
+
+
+def shard_name(number: int) -> str:
+    """Name of a shard's manifest, and what its data's name begins with."""
+    return f"shard-{number:06d}"

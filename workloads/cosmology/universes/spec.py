@@ -128,9 +128,9 @@ def data_folder(params: Params, seed: int) -> str:
     return recipe(params, seed).folder_name(str(params["storage"]))
 
 
-def there_bytes(params: Params, seed: int, data_folder: Path) -> float:
+def there_bytes(params: Params, seed: int, root: Path) -> float:
     """Bytes of that data set that are there."""
-    return recipe(params, seed).there_bytes(data_folder, str(params["storage"]))
+    return recipe(params, seed).there_bytes(root, str(params["storage"]))
 
 
 def shares(params: Params) -> list[tuple[int, int]]:
@@ -153,6 +153,7 @@ def cost(params: Params) -> Cost:
         own = [sum(len(made.shard(number)) for number in made.share(*each)) for each in shares(params)]
         universes, disk = float(max(own)), float(sum(own) * made.sample_bytes)
     held = (45 if params["fidelity"] == "lpt" else 90) * lattice * word / 4 + 2 * voxels * int(params["channels"])
+    held += 2 * made.sample_bytes if disk and share > 1 else 0  # the first rank joins the slabs
     crossing = 8.0 * lattice * TRANSFORMS if share > 1 else 0.0
     return Cost(
         flop=sum(operation.flop for operation in operations) * universes,
@@ -162,7 +163,7 @@ def cost(params: Params) -> Cost:
         message_bytes=crossing * universes,
         disk_bytes=disk,
         data_set=_piece_name(params) if disk else "",
-        check_steps=2,
+        check_steps=0 if disk else 2,
     )
 
 
