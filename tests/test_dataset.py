@@ -135,7 +135,7 @@ def test_predicted_bytes_are_the_files_bytes(tmp_path: Path) -> None:
     for storage in ("npy", "hdf5"):
         generate(tmp_path, recipe, storage=storage)
         data = sum(path.stat().st_size for path in Dataset(tmp_path, recipe, storage).files(range(8)))
-        assert 0 <= data - recipe.dataset_bytes < 16384 * recipe.shards
+        assert 0 <= data - recipe.dataset_bytes < 2**15 * recipe.shards
     assert SMALL.dataset_bytes == 5 * 8**3 * 2 * 2
 
 
