@@ -102,14 +102,16 @@ def make_plan(
     ceilings: dict[str, float] | None,
     data: Path,
     done: Set[str] = frozenset(),
+    there_bytes: float = 0.0,
 ) -> Plan:
     """Forecast every point and prune: ranks, then memory, disk and job length, then the sweep's time budget.
 
-    Points whose ids are in `done` are measured already: they cost nothing and nothing rules them out.
+    Points whose ids are in `done` are measured already: they cost nothing and nothing rules them out. `there_bytes` of
+    the data they need are on the disk already.
     """
     kept: list[Forecast] = []
     pruned: list[Pruned] = []
-    planner = _Planner(sweep, site, ceilings, _free_bytes(data))
+    planner = _Planner(sweep, site, ceilings, free_bytes(data) + there_bytes)
     for point in sorted(grid, key=lambda each: each.id not in done):  # stable: what is there comes first
         forecast, obstacle = planner.look_at(point, point.id in done)
         if obstacle is None:
@@ -239,7 +241,7 @@ def _within_budget(
     return [item for item in kept if item.point.cell in chosen or item.point.id in done], late
 
 
-def _free_bytes(folder: Path) -> float:
+def free_bytes(folder: Path) -> float:
     """Free bytes of the file system `folder` is, or will be, on."""
     existing = folder.absolute()
     while not existing.exists():
