@@ -97,8 +97,9 @@ COMMON = (
     Parameter("max_steps", 50, "steps", "... or this many steps", minimum=1),
     Parameter("load_readers", 0, "processes", "that read files beside the timed steps, where data sets lie", minimum=0),
     Parameter("load_hogs", 0, "processes", "that compute beside the timed steps, a core each", minimum=0),
+    Parameter("beside", False, "", "time GEMM and conv3d right before and after too: % of what they gave at that time"),
 )
-"""Parameters every workload has: the allocation, how long a point is measured, and what else each node does then."""
+"""Parameters every workload has: the allocation, how long a point is measured, and beside what."""
 
 
 @dataclass(frozen=True)
@@ -298,11 +299,15 @@ class Check:
     passed: bool
     numbers: Mapping[str, float] = field(default_factory=dict)
     why: str = ""
+    notes: tuple[str, ...] = ()
+    """What was seen on the way that explains the speed, in words; each is printed once, with the cells it holds for."""
 
 
 @dataclass(frozen=True)
 class Claim:
     """What a workload promises, in one line of data: `metric` at `numerator` over `metric` at `denominator`.
+
+    Without a denominator it is about `metric` at `numerator` itself.
 
     The metric is `step_s`, a rate, or `check_<name>` for a number of `Check.numbers`: quality, say, or counted work.
 

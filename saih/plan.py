@@ -19,6 +19,8 @@ LAUNCH_S = {"cpu": 1e-4, "cuda": 3e-5}
 """Seconds to dispatch one listed operation and the small ones around it from Python; a planning figure."""
 LAUNCH_OVERHEAD_S = 6.0
 """Seconds to start a launcher and import torch on every rank."""
+BESIDE_S = 1.0
+"""Seconds to time the kernels that a point is compared with, where it asks for them; a planning figure."""
 RESERVED_GIB = 0.5
 """Memory a rank holds before it allocates anything: interpreter, torch, communication buffers."""
 
@@ -100,14 +102,16 @@ def make_plan(
     ceilings: dict[str, float] | None,
     data: Path,
     done: Set[str] = frozenset(),
+    there_bytes: float = 0.0,
 ) -> Plan:
     """Forecast every point and prune: ranks, then memory, disk and job length, then the sweep's time budget.
 
-    Points whose ids are in `done` are measured already: they cost nothing and nothing rules them out.
+    Points whose ids are in `done` are measured already: they cost nothing and nothing rules them out. `there_bytes` of
+    the data they need are on the disk already.
     """
     kept: list[Forecast] = []
     pruned: list[Pruned] = []
-    planner = _Planner(sweep, site, ceilings, _free_bytes(data))
+    planner = _Planner(sweep, site, ceilings, free_bytes(data) + there_bytes)
     for point in sorted(grid, key=lambda each: each.id not in done):  # stable: what is there comes first
         forecast, obstacle = planner.look_at(point, point.id in done)
         if obstacle is None:
@@ -144,7 +148,8 @@ class _Planner:
             return Forecast(point, cost, step_s, 0.0), None
         steps = point.timed_steps(step_s) + int(point.params["warmup"]) + cost.check_steps
         made = data_set in self.data_sets
-        forecast = Forecast(point, cost, step_s, steps * step_s + (0.0 if made else cost.setup_s))
+        extra_s = (0.0 if made else cost.setup_s) + (BESIDE_S if point.params.get("beside") else 0.0)
+        forecast = Forecast(point, cost, step_s, steps * step_s + extra_s)
         obstacle = _obstacle(forecast, self.site, math.inf if made else self.free_disk)
         if obstacle is None and not made:
             self.data_sets.add(data_set)
@@ -236,7 +241,7 @@ def _within_budget(
     return [item for item in kept if item.point.cell in chosen or item.point.id in done], late
 
 
-def _free_bytes(folder: Path) -> float:
+def free_bytes(folder: Path) -> float:
     """Free bytes of the file system `folder` is, or will be, on."""
     existing = folder.absolute()
     while not existing.exists():

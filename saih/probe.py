@@ -33,7 +33,7 @@ class Part:
 def parts(site: Site) -> dict[str, Part]:
     """What is swept on a site: host links where devices have one, collectives where there are several ranks."""
     quick: dict[str, Value] = {"seconds": 0.1, "steps": 3, "max_steps": 20}
-    found = {"kernels": Part({"kernel": DENSE, "size": None, "precision": None}, quick, 40.0)}
+    found = {"kernels": Part({"kernel": DENSE, "size": None, "precision": ("fp32", "bf16")}, quick, 40.0)}
     if site.device == "cuda":
         axes: Axes = {"kernel": ("upload", "download"), "pinned": (False, True), "size": (1024, 4096, 8192)}
         found["host link"] = Part(axes, quick, 30.0)

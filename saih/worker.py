@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,12 @@ from saih.lifeline import die_with_the_parent
 from saih.load import background
 from saih.timing import Samples, StepClock, run_steps
 
+BESIDE_SIZE = {"cpu": {"gemm": 1024, "conv3d": 2048}, "cuda": {"gemm": 8192, "conv3d": 8192}}
+"""Kernels of the workload `ceilings` that are timed beside a point that asks for it.
+
+Large enough for what a kernel sustains, small enough to take some hundredths of a second.
+"""
+BESIDE_STEPS = 3
 HOST_BYTES = 64
 MEETING = datetime.timedelta(minutes=5)
 """For all ranks to find each other: one that never starts is not waited for as long as a slow step is."""
@@ -130,6 +136,8 @@ class Launch:
             part = point.params.get("ablation", WHOLE)
             if part != WHOLE:
                 bench.ablate(part)  # type: ignore[attr-defined]  # held by the contract test
+            ceilings = self._ceilings(point) if point.params.get("beside") else None
+            before = ceilings.time() if ceilings else {}
             with self._load(point):
                 warm = run_steps(bench, clock, int(point.params["warmup"]), self._line_up)
                 steps = self._agree_on_steps(point, warm)
@@ -137,6 +145,7 @@ class Launch:
                 io_before = _io_counters()
                 timed = run_steps(bench, clock, steps, self._line_up)
                 io_after = _io_counters()
+            after = ceilings.time() if ceilings else {}
         finally:
             bench.close()
         per_rank = {
@@ -150,8 +159,9 @@ class Launch:
         arrays = {name: self._gather(array) for name, array in _arrays(warm, timed).items()}
         ranks = dict(zip(per_rank, self._gather(np.array(list(per_rank.values()))).T.tolist(), strict=True))
         hosts = [bytes(row).rstrip(b"\0").decode() for row in self._gather(_host_name()).astype(np.uint8)]
+        beside = {name: float(self._gather(np.array([*before[name], *after[name]])).mean()) for name in before}
         if self.place.rank == 0:
-            _store(folder, point, began, check, arrays, _without_nan(ranks), hosts, self.environment)
+            _store(folder, point, began, check, arrays, _without_nan(ranks), hosts, beside, self.environment)
             self._tell("measured", point)
 
     def _load(self, point: Point) -> contextlib.AbstractContextManager[None]:
@@ -160,6 +170,9 @@ class Launch:
             return contextlib.nullcontext()
         counts = int(point.params["load_readers"]), int(point.params["load_hogs"])
         return background(*counts, Path(self.pack.data_folder) / f"load-of-{socket.gethostname()}-{self.place.rank}")
+
+    def _ceilings(self, point: Point) -> Beside:
+        return Beside(str(point.params.get("precision", "fp32")), self.device, self._line_up)
 
     def _unanimous(self, check: Check) -> Check:
         """A check passes when it passes on every rank."""
@@ -209,6 +222,31 @@ class Launch:
             _append_event(self.pack.folder, event, point)
 
 
+class Beside:
+    """The kernels that a point is compared with, timed when it is timed: a processor's clock moves by the minute."""
+
+    def __init__(self, precision: str, device: str, line_up: Callable[[], None]) -> None:
+        self.line_up, self.clock = line_up, StepClock(device)
+        family = workload.spec("ceilings")
+        params = {name: parameter.default for name, parameter in workload.parameters(family).items()}
+        params["precision"] = precision
+        context = Context(Place(0, 0, 1), device, "")
+        points = {
+            name: Point("ceilings", params | {"kernel": name, "size": size})
+            for name, size in BESIDE_SIZE[self.clock.kind].items()
+        }
+        self.kernels = {name: workload.bench("ceilings").setup(each, context) for name, each in points.items()}
+
+    def time(self) -> dict[str, list[float]]:
+        """FLOP/s of each kernel in each of a few calls, after one that does not count."""
+        rates = {}
+        for name, kernel in self.kernels.items():
+            samples = run_steps(kernel, self.clock, BESIDE_STEPS + 1, self.line_up)
+            timed = list(zip(samples.work, samples.phase_s, strict=True))[1:]
+            rates[name] = [work.flop / sum(phases) for work, phases in timed]
+        return rates
+
+
 def _arrays(warm: Samples, timed: Samples) -> dict[str, np.ndarray]:
     """Raw samples of one rank as float64 arrays; the first dimension counts steps."""
     return {
@@ -228,6 +266,7 @@ def _store(
     arrays: dict[str, np.ndarray],
     per_rank: dict[str, list[float | None]],
     hosts: list[str],
+    beside_flop_per_s: dict[str, float],
     seen: dict[str, Any],
 ) -> None:
     """Samples first, the measurement that vouches for them last: a crash in between leaves the point not done."""
@@ -240,6 +279,8 @@ def _store(
         "began": began,
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "check": dict(check.numbers),
+        "notes": list(check.notes),
+        "beside_flop_per_s": beside_flop_per_s,
         "ranks": len(hosts),
         "hosts": hosts,
         "per_rank": per_rank,

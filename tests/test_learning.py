@@ -105,6 +105,12 @@ def test_the_step_that_has_learnt_is_the_one_that_is_timed(tmp_path: Path) -> No
     training.close()
 
 
+def test_the_check_compares_with_the_plain_step_of_what_has_learnt(tmp_path: Path) -> None:
+    check = trained(Amounts(64, seed=1), tmp_path, epochs=2, target_mae=0.0, checkpoint=True).check()
+    assert check.passed, check.why
+    assert check.numbers["gradient_error"] < bench.TOLERANCE["fp32"]
+
+
 def test_predicting_the_mean_needs_no_training(tmp_path: Path) -> None:
     training = bench.setup(
         Point("cosmoflow", DEFAULTS | SMALL | {"labels": "mean"}), Context(Place(0, 0, 1), "cpu", str(tmp_path))
@@ -162,7 +168,7 @@ def test_repeats_have_orders_and_weights_of_their_own(tmp_path: Path) -> None:
     )
     assert first.order == Order(64, 8, 0)
     assert first.order.indices(0) != second.order.indices(0)
-    pairs = zip(first.network.parameters(), second.network.parameters(), strict=True)
+    pairs = zip(first.parallel.weights(), second.parallel.weights(), strict=True)
     assert all(not torch.equal(one, other) for one, other in pairs)
     first.close()
     second.close()

@@ -267,7 +267,7 @@ def test_a_data_set_is_made_once_and_paid_once() -> None:
 
 
 def test_data_sets_add_up_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_free_bytes", lambda folder: 25e9)
+    monkeypatch.setattr(planning, "free_bytes", lambda folder: 25e9)
     grid = [make_point(n, 0, data_set=f"set {n // 2}", disk_bytes=10e9) for n in range(6)]
     plan = toy_plan(grid, make_site())
     assert [item.point.labels["number"] for item in plan.kept] == ["0", "1", "2", "3"]

@@ -15,8 +15,8 @@ from workloads.ceilings.collectives import PingPong, all_reduce
 from workloads.ceilings.files import Opens, Read, Write
 from workloads.ceilings.kernels import Conv3d, Copy, Gemm, HostLink, Launches, Triad
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2, "fp16": 4e-3}
 """Largest |result - float64| / |float64|, as norms over what is compared."""
 
 
@@ -58,6 +58,10 @@ def _kernel(point: Point, context: Context) -> Kernel:
 def _on_the_device(name: str, point: Point, device: str, dtype: torch.dtype) -> Kernel:
     """Random operands: zeros can run faster than real data. Raises SaihError for a host link where there is none."""
     generator = torch.Generator().manual_seed(point.seed)
+    if point.params["precision"] == "tf32":
+        if not device.startswith("cuda"):
+            raise SaihError("precision=tf32 needs a GPU; fp32, bf16 and fp16 run anywhere")
+        torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
 
     def operand(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
@@ -104,6 +108,7 @@ class Ceiling:
         return self.work
 
     def close(self) -> None:
-        """Let go of files."""
+        """Let go of files; fp32 means fp32 again."""
+        torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
         if isinstance(self.kernel, (Read, Write, Opens)):
             self.kernel.close()

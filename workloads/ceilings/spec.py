@@ -61,7 +61,9 @@ PARAMETERS = (
         choices=("cold", "warm", "direct"),
     ),
     Parameter("file_bytes", 2**26, "bytes", "read, write: length of the file", minimum=2**22),
-    Parameter("precision", "fp32", "", "type of the numbers", choices=("fp32", "bf16")),
+    Parameter(
+        "precision", "fp32", "", "type of the numbers; tf32 needs a GPU", choices=("fp32", "tf32", "bf16", "fp16")
+    ),
 )
 
 MESSAGES = {"8": 8, "1Ki": 2**10, "64Ki": 2**16, "1Mi": 2**20, "4Mi": 2**22, "16Mi": 2**24, "64Mi": 2**26}
@@ -122,7 +124,7 @@ def _on_storage(work: float, moved: float, held: float) -> Cost:
 
 
 def _on_the_device(kernel: str, params: Params) -> Cost:
-    n, word = int(params["size"]), 2 if params["precision"] == "bf16" else 4
+    n, word = int(params["size"]), 2 if params["precision"] in ("bf16", "fp16") else 4
     numbers = {"gemm": 3, "copy": 2, "triad": 3, "upload": 1, "download": 1}.get(kernel, 0)
     flop, moved = 2.0 * n**3 if kernel == "gemm" else 0.0, float(numbers * n * n * word)
     if kernel == "conv3d":

@@ -5,9 +5,9 @@ and h5py for HDF5.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,83 +15,31 @@ import torch
 from torch import Tensor
 
 from workloads.cosmology import power, universe
+from workloads.cosmology.mesh import Mesh
+from workloads.cosmology.recipe import GENERATOR_VERSION, REDSHIFTS, Recipe, shard_name
 from workloads.cosmology.shards import Made, Manifest, write_shard
-from workloads.cosmology.storages import DEFAULT_STORAGE, volumes_per_shard
-from workloads.cosmology.volumes import VOXEL, Volumes, Voxels
+from workloads.cosmology.storages import DEFAULT_STORAGE
+from workloads.cosmology.volumes import Volumes, Voxels
 
-REDSHIFTS = (0.0, 0.5, 1.5, 3.0)
-"""Redshift of each channel, in order. MLPerf HPC CosmoFlow has four snapshots too; these values are our own choice."""
-
-VOXEL_MPC_H = 4.0
-"""Side of a voxel where a recipe does not give its box, so the box grows with the mesh."""
-
-_GENERATOR_VERSION = 1  # part of the folder's name: raise it when the same recipe comes to give other bytes
+Make = Callable[[Recipe, int, torch.device | str], Tensor]
+"""Makes a universe, given a recipe and the universe's number: int16 [mesh, mesh, mesh, channels]."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides the bytes of a dataset.
-
-    Attributes:
-        mesh: voxels along one side of a universe.
-        channels: how many of `REDSHIFTS` each universe holds, from the first on.
-        seed: the family of universes. Training and validation take different seeds.
-        samples: number of universes.
-        box_mpc_h: side of a universe in Mpc/h; 0, the default, becomes `VOXEL_MPC_H` a voxel.
+def make_universe(recipe: Recipe, index: int, device: torch.device | str = "cpu", spread: bool = False) -> Tensor:
+    """Universe number `index` of a recipe: int16 [mesh, mesh, mesh, channels], or a rank's slab if it is `spread`.
 
     Raises:
-        ValueError: a number is out of range.
+        ImportError: colossus is not installed.
     """
-
-    mesh: int
-    channels: int
-    seed: int
-    samples: int
-    box_mpc_h: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.mesh < 2 or self.samples < 1 or self.box_mpc_h < 0:
-            raise ValueError(f"a recipe needs mesh >= 2, samples >= 1, box_mpc_h >= 0: {self}")
-        if not 1 <= self.channels <= len(REDSHIFTS):
-            raise ValueError(f"channels must be 1 to {len(REDSHIFTS)}, one for each of z = {REDSHIFTS}: {self}")
-        if self.box_mpc_h == 0:
-            object.__setattr__(self, "box_mpc_h", VOXEL_MPC_H * self.mesh)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Shape of one universe: x, y, z, channel."""
-        return (self.mesh, self.mesh, self.mesh, self.channels)
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of one universe's voxels."""
-        return self.mesh**3 * self.channels * VOXEL.itemsize
-
-    @property
-    def dataset_bytes(self) -> int:
-        """Bytes of all universes' voxels."""
-        return self.samples * self.sample_bytes
-
-    @property
-    def name(self) -> str:
-        """All that decides a universe's bytes besides its index."""
-        return (
-            f"universes-v{_GENERATOR_VERSION}-mesh{self.mesh}-channels{self.channels}"
-            f"-box{self.box_mpc_h:g}-seed{self.seed}"
-        )
-
-    @property
-    def per_shard(self) -> int:
-        """Universes in a shard; the last one may hold fewer."""
-        return volumes_per_shard(self.sample_bytes)
-
-    @property
-    def shards(self) -> int:
-        return -(-self.samples // self.per_shard)
-
-    def shard(self, number: int) -> range:
-        """Indices of the universes in a shard."""
-        return range(number * self.per_shard, min(self.samples, (number + 1) * self.per_shard))
+    return universe.grow(
+        power.draw(recipe.seed, index),
+        REDSHIFTS[: recipe.channels],
+        Mesh(recipe.mesh, device, spread=spread),
+        recipe.box_mpc_h,
+        noise_seed(recipe.seed, index),
+        recipe.fidelity,
+        recipe.refine,
+    )
 
 
 def generate(
@@ -101,28 +49,26 @@ def generate(
     world: int = 1,
     device: torch.device | str = "cpu",
     storage: str = DEFAULT_STORAGE,
+    make: Make = make_universe,
 ) -> int:
     """Make the shards that are missing among this rank's share (shard % world == rank); return how many universes.
 
     The bytes do not depend on `rank` and `world`. They may on the processor, the version of torch and, in the order
     of a sum, on a GPU. A killed process leaves at most a temporary file; several ranks making one shard do no harm.
-    On CPU, ranks of one thread each are the fastest and least disturbed by other work on the machine.
+    On CPU, ranks of one thread each are the fastest and least disturbed by other work on the machine. `make` takes the
+    place of `make_universe`: the ranks behind it may be many.
 
     Raises:
         ImportError: colossus is not installed.
         SaihError: the storage is unknown or needs a library that is not installed.
         ValueError: `rank` is not within `world`.
     """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank must be 0 to {world - 1}, not {rank}")
+    told = {**asdict(recipe), "generator_version": GENERATOR_VERSION}
+    del told["samples"]  # of the dataset that was asked for, not of one shard
     made = 0
-    for shard in missing(root, recipe, storage):
-        if shard % world != rank:
-            continue
+    for shard in _lacking(root, recipe, storage, recipe.share(rank, world)):
         indices = recipe.shard(shard)
-        told = {**asdict(recipe), "generator_version": _GENERATOR_VERSION}
-        del told["samples"]  # of the dataset that was asked for, not of this shard
-        universes = (_made(recipe, index, device) for index in indices)
+        universes = (_made(recipe, index, make(recipe, index, device)) for index in indices)
         write_shard(_path(root, recipe, storage, shard), storage, universes, (len(indices), *recipe.shape), told)
         made += len(indices)
     return made
@@ -130,36 +76,14 @@ def generate(
 
 def missing(root: Path, recipe: Recipe, storage: str = DEFAULT_STORAGE) -> list[int]:
     """Numbers of the shards that are not there, or hold too few universes."""
-
-    def lacks(shard: int) -> bool:
-        path = _path(root, recipe, storage, shard)
-        return not (path.exists() and Manifest.read(path).is_whole(len(recipe.shard(shard))))
-
-    return [shard for shard in range(recipe.shards) if lacks(shard)]
-
-
-def make_universe(recipe: Recipe, index: int, device: torch.device | str = "cpu") -> Tensor:
-    """Universe number `index` of a recipe: int16 [mesh, mesh, mesh, channels].
-
-    Raises:
-        ImportError: colossus is not installed.
-    """
-    cosmology = power.draw(recipe.seed, index)
-    return universe.grow(
-        partial(power.linear_power, cosmology),
-        power.growth(cosmology, np.array(REDSHIFTS[: recipe.channels])),
-        recipe.mesh,
-        recipe.box_mpc_h,
-        torch.Generator().manual_seed(noise_seed(recipe.seed, index)),
-        device,
-    )
+    return _lacking(root, recipe, storage, range(recipe.shards))
 
 
 def noise_seed(seed: int, index: int) -> int:
-    """Seed of a universe's white noise: distinct for the first 2^32 universes of a family.
+    """Seed of a universe's white noise, 32 bits: distinct for the first 2^32 universes of a family.
 
-    torch's CPU generator uses the low 32 bits of its seed and drops the rest, so those must differ. Two families of n
-    universes share a few noise fields with a probability of about 2 n / 2^32 (of other cosmologies, still).
+    Two families of n universes share a few noise fields with a probability of about 2 n / 2^32 (of other cosmologies,
+    still).
     """
     family = int.from_bytes(hashlib.sha256(f"noise {seed}".encode()).digest()[:4], "little")
     return (family + index) % 2**32
@@ -184,14 +108,14 @@ class Dataset(Volumes):
         return self.recipe.samples
 
     def read_into(self, index: int, target: Voxels) -> None:
-        self._check([index], self.root / folder_name(self.recipe, self.storage))
+        self._check([index], self.root / self.recipe.folder_name(self.storage))
         shard, row = divmod(index, self.recipe.per_shard)
         self._manifest(shard).read_into(row, target, verify=not self._verified[index])
         self._verified[index] = True
 
     def targets(self, indices: Sequence[int]) -> Tensor:
         """Drawn again from the seed. Raises IndexError if there is no such universe in the recipe."""
-        self._check(indices, self.root / folder_name(self.recipe, self.storage))
+        self._check(indices, self.root / self.recipe.folder_name(self.storage))
         scaled = [power.targets(power.draw(self.recipe.seed, index)) for index in indices]
         return torch.from_numpy(np.array(scaled, dtype=np.float32).reshape(len(indices), len(power.RANGES)))
 
@@ -199,16 +123,19 @@ class Dataset(Volumes):
         return [self._manifest(shard).data for shard in sorted({index // self.recipe.per_shard for index in indices})]
 
 
-def folder_name(recipe: Recipe, storage: str) -> str:
-    """Name of a dataset's folder; without `samples`, so a larger dataset takes over a smaller one's shards."""
-    return f"{recipe.name}-{storage}"
+def _lacking(root: Path, recipe: Recipe, storage: str, shards: Sequence[int]) -> list[int]:
+    def lacks(shard: int) -> bool:
+        path = _path(root, recipe, storage, shard)
+        return not (path.exists() and Manifest.read(path).is_whole(len(recipe.shard(shard))))
+
+    return [shard for shard in shards if lacks(shard)]
 
 
 def _path(root: Path, recipe: Recipe, storage: str, shard: int) -> Path:
-    return root / folder_name(recipe, storage) / f"shard-{shard:06d}.json"
+    return root / recipe.folder_name(storage) / f"{shard_name(shard)}.json"
 
 
-def _made(recipe: Recipe, index: int, device: torch.device | str) -> Made:
+def _made(recipe: Recipe, index: int, voxels: Tensor) -> Made:
     cosmology = power.draw(recipe.seed, index)
     about = {**asdict(cosmology), "noise_seed": noise_seed(recipe.seed, index)}
-    return Made(make_universe(recipe, index, device).cpu().numpy(), power.targets(cosmology), about)
+    return Made(voxels.cpu().numpy(), power.targets(cosmology), about)

@@ -14,7 +14,8 @@ import torch
 
 from saih import mpi
 from saih.errors import SaihError
-from workloads.cosmology.dataset import REDSHIFTS, Recipe, folder_name, generate
+from workloads.cosmology.dataset import generate
+from workloads.cosmology.recipe import REDSHIFTS, Recipe
 from workloads.cosmology.storages import DEFAULT_STORAGE
 
 
@@ -45,7 +46,7 @@ def _summary(recipe: Recipe, folder: Path, made_and_s: np.ndarray) -> str:
     volume = f"{recipe.mesh}^3 x {recipe.channels}"
     rate = f" in {longest_s:.2f} s, {made * recipe.sample_bytes / longest_s / 1e6:.1f} MB/s" if made else ""
     return (
-        f"{folder / folder_name(recipe, DEFAULT_STORAGE)}: {recipe.samples} volumes of {volume}; "
+        f"{folder / recipe.folder_name(DEFAULT_STORAGE)}: {recipe.samples} volumes of {volume}; "
         f"{made} made by {len(made_and_s)} rank{'s' if len(made_and_s) > 1 else ''}{rate}"
     )
 

@@ -28,14 +28,12 @@ from numpy.typing import NDArray
 
 from saih.errors import SaihError, unknown
 from saih.files import blamed_on, read_record, write_atomic, write_json
-from workloads.cosmology.storages import STORAGES
+from workloads.cosmology.storages import LARGEST_CHUNK_BYTES, STORAGES
 from workloads.cosmology.volumes import VOXEL, Voxels, read_at
 
 FORMAT = 1
 PAGE_BYTES = 4096
 """Uncompressed volumes begin at multiples of it, as reading past the page cache (O_DIRECT) wants."""
-LARGEST_CHUNK_BYTES = 2**32 - 1
-"""HDF5 has no larger ones."""
 
 _ONE_AT_A_TIME = threading.Lock()
 """h5py lets one thread in at a time; one that waits here holds up nobody."""

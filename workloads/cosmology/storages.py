@@ -5,6 +5,12 @@ STORAGES = ("hdf5", "hdf5-gzip", "hdf5-lz4", "npy")
 
 DEFAULT_STORAGE = "hdf5"
 
+VOXEL_BYTES = 2
+"""A voxel is an int16 count."""
+
+LARGEST_CHUNK_BYTES = 2**32 - 1
+"""HDF5 has no larger ones."""
+
 SHARD_BYTES = 2**25
 """About a second's work of one core: what a killed job loses, and the grain by which ranks share the making."""
 

@@ -14,9 +14,10 @@ from saih.core import Context, Params
 from saih.errors import SaihError
 from workloads.cosmology.cosmoflow.heldback import Cold, Throttled
 from workloads.cosmology.cosmoflow.model import from_counts
-from workloads.cosmology.dataset import Dataset, Recipe, generate
+from workloads.cosmology.dataset import Dataset, generate
 from workloads.cosmology.loader import InMemory
 from workloads.cosmology.mlperf import open_folder
+from workloads.cosmology.recipe import Recipe
 from workloads.cosmology.volumes import Volumes, Voxels
 
 VALIDATION_SEED = 1 << 20

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset as MapDataset
 
 from saih.core import Check, Clock, Context, Point, Work
 from saih.errors import SaihError
-from workloads.cosmology.dataset import Dataset, Recipe, generate
+from workloads.cosmology.dataset import Dataset, generate
 from workloads.cosmology.loader import Loader
 from workloads.cosmology.loading import spec
+from workloads.cosmology.recipe import Recipe
 
 BLOCK_BYTES = 2**21
 """What plain reading asks for at a time: with this, O_DIRECT keeps the disk busy."""
