@@ -44,10 +44,20 @@ class Share:
     low: float
     high: float
     ablated: bool
+    alone: float = 0.0
+    """How long the part takes when no other one hides it, over the step: `of_step` where nothing overlaps, or nobody
+    tried."""
 
     def gain_of_doubling(self) -> tuple[float, float, float]:
-        """How many times faster the step gets if this part takes half as long, all else equal; with its interval."""
-        return _twice(self.of_step), _twice(self.low), _twice(self.high)
+        """How many times faster the step gets if this part takes half as long, all else equal; with its interval.
+
+        What the part hides, or is hidden by, stays hidden to the same extent: of a step that waits for its reader,
+        twice the reader's speed gains no more than down to the time of what the reading overlaps.
+        """
+        mean, low, high = (
+            1 / _with_half(share, max(share, self.alone)) for share in (self.of_step, self.low, self.high)
+        )
+        return mean, low, high
 
 
 @dataclass(frozen=True)
@@ -194,33 +204,47 @@ def _shares(cell: str, points: pd.DataFrame, repeats: pd.DataFrame, timed: pd.Da
     """Shares of all parts, largest first: by experiment where there is one."""
     own = timed.reindex(repeats.index[repeats["cell"] == cell]).dropna()
     shares = {part: _share(own[part].to_numpy(), ablated=False) for part in TIMED}
-    for part, saved in _ablations(cell, points, repeats):
-        shares[part] = _share(saved, ablated=True)
+    for part, saved, alone in _ablations(cell, points, repeats, timed):
+        shares[part] = _share(saved, ablated=True, alone=alone)
     return dict(sorted(shares.items(), key=lambda item: -item[1].of_step))
 
 
-def _ablations(cell: str, points: pd.DataFrame, repeats: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
-    """(part, share of the step it costs, one a repeat) for every ablation of this cell."""
+def _ablations(
+    cell: str, points: pd.DataFrame, repeats: pd.DataFrame, timed: pd.DataFrame
+) -> Iterator[tuple[str, np.ndarray, float]]:
+    """(part, share of the step it costs, one a repeat; how long it is alone over the step) for every ablation.
+
+    Computing is never hidden, so it is alone what the clock saw in the whole step; what it may hide, reading and
+    communication, is what the clock saw where computing was taken out.
+    """
     if "param_ablation" not in points:
         return
     settings = [name for name in points if name.startswith("param_") and name != "param_ablation"]
     mine = points.loc[points["cell"] == cell].iloc[0]
     alike = points[(points[settings].fillna("") == mine[settings].fillna("")).all(axis=1)]
     table = repeats.loc[repeats.index.intersection(alike.index), ["repeat", "step_s"]]
-    steps = table.assign(part=alike["param_ablation"]).pivot_table(index="repeat", columns="part", values="step_s")
+    table = table.join(timed.mul(repeats["step_s"], axis=0)).assign(part=alike["param_ablation"])
+    by_part = {part: rows.set_index("repeat") for part, rows in table.groupby("part")}
+    if WHOLE not in by_part:
+        return
+    whole_s = by_part[WHOLE]["step_s"]
     for part in PARTS:
-        if part in steps and WHOLE in steps:
-            saved = (1 - steps[part] / steps[WHOLE]).dropna().to_numpy()
-            if len(saved):
-                yield part, saved
+        if part not in by_part:
+            continue
+        saved = (1 - by_part[part]["step_s"] / whole_s).dropna().to_numpy()
+        unhidden = by_part.get(WHOLE if part == "compute" else "compute")
+        alone = float("nan") if unhidden is None else float((unhidden[part] / whole_s).mean())
+        if len(saved):
+            yield part, saved, 0.0 if np.isnan(alone) else alone
 
 
-def _share(values: np.ndarray, ablated: bool) -> Share:
+def _share(values: np.ndarray, ablated: bool, alone: float = 0.0) -> Share:
     mean = float(np.mean(values))
+    alone = max(alone, _clip(mean))
     if len(values) < 2:
-        return Share(_clip(mean), float("nan"), float("nan"), ablated)
+        return Share(_clip(mean), float("nan"), float("nan"), ablated, alone)
     half = float(student_t(len(values) - 1)) * float(np.std(values, ddof=1)) / np.sqrt(len(values))
-    return Share(_clip(mean), _clip(mean - half), _clip(mean + half), ablated)
+    return Share(_clip(mean), _clip(mean - half), _clip(mean + half), ablated, alone)
 
 
 def _judge(
@@ -277,8 +301,14 @@ def _split_compute(filled: pd.Series, steepness: float | None) -> tuple[str, str
     return str(work.idxmax()), told, bool(work.max() > CLEAR * work.min()) and len(work) == 2
 
 
-def _twice(share: float) -> float:
-    return 1 / (1 - share / 2)
+def _with_half(share: float, alone: float) -> float:
+    """The step, as a share of what it is, if a part of it takes half as long.
+
+    The rest and the part overlap by as much of the shorter one as makes them last one step together.
+    """
+    rest, shorter = 1 - share, min(1 - share, alone)
+    hidden = min(1.0, (rest + alone - 1) / shorter) if shorter > 0 else 0.0
+    return max(rest, alone / 2) + (1 - hidden) * min(rest, alone / 2)
 
 
 def _clip(share: float) -> float:
