@@ -73,7 +73,8 @@ def sweep(options: argparse.Namespace) -> int:
     """Plan a grid of points, run what fits and is not measured yet, gather it and write the report."""
     site, sweeps = _asked(options)
     _check_folders()
-    return max(_sweep_one(asked, site, options) for asked in sweeps)
+    one = _refine_one if options.refine else _sweep_one
+    return max(one(asked, site, options) for asked in sweeps)
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -119,6 +120,40 @@ def _sweep_one(asked: Sweep, site: Site, options: argparse.Namespace) -> int:
         return _dry_run(plan)
     _print_plan(plan)
     folder = _drive(plan, options, ceilings, ["saih", *sys.argv[1:]])
+    return _finish(folder, options.mixed)
+
+
+def _refine_one(asked: Sweep, site: Site, options: argparse.Namespace) -> int:
+    """Every other rung first, then cells and repeats where the surface bends or repeats disagree, until time is up."""
+    import time
+    from dataclasses import replace
+
+    from saih import refine, store
+    from saih import sweep as language
+    from saih.analysis import cells
+
+    if options.time_budget or options.dry_run:
+        raise SaihError("--refine TIME is a time budget, and decides as it goes: leave --time-budget and --dry-run out")
+    began_s, budget_s = time.monotonic(), language.parse_duration(options.refine, "--refine")
+    ceilings = _ceilings(site, options)
+    whole = replace(asked, repeat=max(asked.repeat, refine.MOST_REPEATS), time_budget_s=None)
+    plan = _plan(whole, site, ceilings, options.fresh)
+    plan = replace(plan, sweep=replace(asked, time_budget_s=budget_s))
+    wanted = refine.start(plan, asked.repeat, budget_s)
+    before: dict[str, int] = {}
+    _print_plan(refine.part(plan, wanted))
+    while wanted != before:
+        folder = _drive(refine.part(plan, wanted), options, ceilings, ["saih", *sys.argv[1:]])
+        options.fresh = False  # what the first round set aside stays aside
+        results = store.gather(folder, RESULTS, options.mixed)
+        points, samples = store.load(results), store.load_samples(results)
+        table = cells.per_cell(points, cells.job_steps(points, samples), points.attrs["sweep"])
+        spent_s, before = time.monotonic() - began_s, wanted
+        wanted = refine.more(plan, wanted, table, budget_s - spent_s)
+        print(
+            f"refine: {spent_s:.0f} of {budget_s:.0f} s, {len(before)} cells, {sum(before.values())} points; next "
+            f"{len(wanted) - len(before)} cells and {sum(1 for cell in before if wanted[cell] > before[cell])} repeats"
+        )
     return _finish(folder, options.mixed)
 
 
@@ -205,14 +240,16 @@ def report(options: argparse.Namespace) -> int:
 
 def probe(options: argparse.Namespace) -> int:
     """Measure what this site can do at best, and keep it for every later % of peak."""
+    from saih.files import read_json
     from saih.report import page
 
     site = _site(options.site)
     _check_folders()
     path, parts = _probe(site, options)
     print(f"ceilings {path}")
+    ceilings = read_json(path)
     for name, results in parts.items():
-        print(f"report   {page.write(results, REPORTS / f'{results.stem}.html')} ({name})")
+        print(f"report   {page.write(results, REPORTS / f'{results.stem}.html', ceilings)} ({name})")
     return 0
 
 
@@ -531,6 +568,12 @@ def _parser() -> argparse.ArgumentParser:
         "--time-budget", metavar="TIME", help="leave out the points that would take longer: 90s, 10m, 2h"
     )
     sweeping.add_argument(
+        "--refine",
+        metavar="TIME",
+        help="spend this much time where it tells most: every other rung, then where the surface bends or repeats "
+        "disagree",
+    )
+    sweeping.add_argument(
         "--dry-run", action="store_true", help="show points, pruned points and scripts; start nothing"
     )
     sweeping.add_argument(
@@ -568,7 +611,7 @@ def _parser() -> argparse.ArgumentParser:
     reporting = _verb(verbs, "report", report)
     reporting.add_argument("results", type=Path, metavar="RESULTS.h5")
     reporting.add_argument("-o", "--output", type=Path, metavar="FILE.html")
-    reporting.add_argument("--extra-p", type=Path, metavar="FILE.txt", help="write step times as Extra-P reads them")
+    reporting.add_argument("--extra-p", type=Path, metavar="FILE.jsonl", help="write step times as Extra-P reads them")
 
     probing = _verb(verbs, "probe", probe)
     probing.add_argument("--site", metavar="NAME|FILE", help="which site (default: local)")

@@ -22,6 +22,8 @@ from tests.sites import cpu_site
 
 QUICK: dict[str, Value] = {"seconds": 0.0, "steps": 4, "warmup": 1}
 TINY: dict[str, Value] = {"mesh": 16, "width": 4, "stages": 2}
+READ_AHEAD = 4
+"""Batches that a loader has ready when the first step begins: a slow reader is felt after them."""
 Axes = Mapping[str, Sequence[Value] | None]
 
 
@@ -45,7 +47,7 @@ FAULTS = (
         frozenset({"input"}),
         "cosmoflow",
         {"ablation": None},
-        TINY | {"emulated_reader_bytes_per_s": 1e6, "readers": 1},
+        TINY | {"emulated_reader_bytes_per_s": 1e6, "readers": 1, "warmup": READ_AHEAD + 1},
     ),
     Fault(
         "rate-limited link",

@@ -81,6 +81,19 @@ def workplace(tmp_path: Path) -> Workplace:
     return Workplace(tmp_path / "a 'strange' $folder\nname")
 
 
+def test_refining_starts_coarse_and_says_what_it_left_out(workplace: Workplace) -> None:
+    refused = workplace.sweep("--axis=size", "--refine=60s", "--time-budget=9s", status=2)
+    assert "--refine TIME is a time budget" in refused
+    output = workplace.sweep("--axis=size", "--repeat=2", QUICK, "--refine=20s")
+    assert "refine: " in output
+    assert "of 20 s, 5 cells, 10 points" in output, "1, 3, 5, 7 and the other end first"
+    table = workplace.table
+    assert {"1", "3", "5", "7", "8"} <= set(table.loc[table["status"] == "measured", "label_size"])
+    left = table[table["status"] == "pruned"]
+    assert set(left["kind"]) <= {"refine"}
+    assert set(table["label_size"]) == {str(n) for n in range(1, 9)}, "nothing that was asked for is missing"
+
+
 def test_every_kind_of_failure_is_recorded_and_only_the_failed_points_run_again(workplace: Workplace) -> None:
     faults = "none,error,out-of-memory,check-failed,killed,exit"
     sweep = (f"--axis=fault={faults}", "--axis=size=1,2", "--repeat=1", QUICK)

@@ -24,7 +24,7 @@ from saih.analysis import numbers
 from saih.core import Axis, Params, Rung
 from saih.errors import SaihError
 from saih.files import read_json, write_json
-from saih.report import asked, figures, page, results, trade
+from saih.report import asked, figures, page, results, roofline, trade
 from saih.report.grid import is_sized, layout, spread
 from saih.site import Peak
 from tests.synthetic import CEILINGS, DATA, MODEL, SITE, Outcome, Scenario, ladder, make
@@ -390,6 +390,34 @@ def test_many_series_over_ranks_are_split_by_the_first_other_axis(tmp_path: Path
     assert "2 more data figures left out here" in text_of(source)
     few = written(tmp_path / "few", Scenario(axes=(GPUS, DATA, MODEL), step_s=slower_together))
     assert re.findall(r'<title id="(scaling-[^"]*)-title"', few) == ["scaling-speed-up", "scaling-efficiency"]
+
+
+MEMORY_CEILINGS = {**CEILINGS, "rates": {"fp32": 1e9, "copy": 4e9}}
+
+
+def test_the_roofline_holds_every_cell_under_what_was_measured(tmp_path: Path) -> None:
+    path = gathered(tmp_path, Scenario(ceilings=MEMORY_CEILINGS, repeat=2))
+    group = roofline.rooflines(results.read(path))
+    assert group is not None
+    [panel] = group.panels
+    assert sum(len(line.x) for line in panel.lines) == 4
+    assert {x for line in panel.lines for x in line.x} == {100.0}, "1e8 FLOP over 1e6 bytes"
+    [(x, y)] = panel.ideals
+    assert (x[1], y[1], y[2]) == (0.25, 1.0, 1.0), "the corner: 1 GFLOP/s over 4 GB/s"
+    assert y[0] == pytest.approx(4 * x[0])
+    assert 'id="roofline"' in page.write(path, tmp_path / "page.html").read_text()
+    assert roofline.rooflines(results.read(gathered(tmp_path / "none", Scenario(ceilings=None)))) is None
+
+
+def test_ranks_are_spread_and_the_last_one_is_named(tmp_path: Path) -> None:
+    [told] = [text_of(written(tmp_path, Scenario(axes=(DATA.pick(["16"]),), params={"gpus": 2}, repeat=2)))]
+    assert "Distribution over ranks" in told
+    assert re.search(r"rank [01] on n1", told)
+
+
+def test_data_that_fits_into_memory_is_called_so(tmp_path: Path) -> None:
+    assert "below 5 times (the rule of MLPerf Storage)" in text_of(written(tmp_path, Scenario()))
+    assert "rule of MLPerf" not in text_of(written(tmp_path / "none", Scenario(file_read_bytes=0.0)))
 
 
 def test_claims_are_judged_on_the_page(tmp_path: Path) -> None:

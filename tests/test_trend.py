@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from saih import store
 from saih.analysis.trend import CONFIDENCE, fit, shape
+from saih.core import Axis, Params, Rung
+from saih.report import results, trends
+from saih.report.results import Results
+from tests.synthetic import Scenario, make
 
 SIZES = (16.0, 32.0, 64.0, 128.0, 256.0)
 
@@ -70,3 +77,57 @@ def test_intervals_cover_what_they_say(tell: Callable[[str], None]) -> None:
     error = 100 * float(np.median(errors))
     tell(f"90 % intervals hold {inside / 2:.1f} % of 200 extrapolated cells; median error {error:.1f} %")
     assert 0.85 <= inside / 200 <= 0.95, CONFIDENCE
+
+
+RECORDED = Path(__file__).parent / "recorded" / "extra-p"
+LADDER = (4, 8, 16, 32, 64)
+
+
+def surface_of(name: str) -> Scenario:
+    """Two call paths over two sizes, each by a law of its own, with a scatter of a few per cent over three repeats."""
+    sized = [Axis(axis, "", tuple(Rung(str(n), {axis: n}, n) for n in LADDER)) for axis in ("data", "model")]
+    engine = Axis("engine", "", (Rung("a", {"engine": "a"}, 0), Rung("b", {"engine": "b"}, 1)))
+
+    def step_s(params: Params) -> float:
+        data, model = float(params["data"]), float(params["model"])
+        return (
+            0.01 + 1e-6 * data**2 * model if params["engine"] == "a" else 2e-4 * data * np.log2(data) + 1e-5 * model**2
+        )
+
+    return Scenario(axes=(*sized, engine), workload=name, repeat=3, step_s=step_s, jitter=0.02)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str]:
+    folder = tmp_path_factory.mktemp("extra-p")
+    path = store.gather(make(folder / "jobs", surface_of("synthetic")), folder / "results", mixed=True)
+    found = results.read(path)
+    return found, trends.extra_p(found)
+
+
+def test_extra_p_is_told_what_it_was_told_when_its_answer_was_recorded(exported: tuple[Results, str]) -> None:
+    assert exported[1] == (RECORDED / "surface.jsonl").read_text()
+
+
+@pytest.mark.parametrize("engine", ["a", "b"])
+def test_extra_p_agrees(engine: str, exported: tuple[Results, str], tell: Callable[[str], None]) -> None:
+    """On the same measurements: at every size measured within 5 %, and one rung beyond both inside the interval."""
+    answer = json.loads((RECORDED / "answer.json").read_text())
+    theirs = answer["models"][f"step->engine={engine}"]
+    sizes, values = measurements(exported[1], engine)
+    model = fit(sizes, values, ("data", "model"))
+    assert model is not None
+    *inside, beyond = theirs["values"]
+    apart = [model.predict(each["sizes"]).value / each["step_s"] - 1 for each in inside]
+    predicted = model.predict(beyond["sizes"])
+    worst, there = 100 * max(map(abs, apart)), 100 * (predicted.value / beyond["step_s"] - 1)
+    tell(f"Extra-P {answer['extrap']}: {theirs['function']}; saih: {model.formula()}")
+    tell(f"at most {worst:.1f} % apart where measured, {there:+.1f} % one rung beyond both sizes")
+    assert max(map(abs, apart)) < 0.05
+    assert predicted.low <= beyond["step_s"] <= predicted.high
+
+
+def measurements(exported: str, engine: str) -> tuple[np.ndarray, np.ndarray]:
+    lines = [json.loads(line) for line in exported.splitlines()]
+    mine = [line for line in lines if line["callpath"] == f"step->engine={engine}"]
+    return np.array([[*line["params"].values()] for line in mine]), np.array([line["value"] for line in mine])

@@ -150,6 +150,20 @@ def slowest_ranks(points: pd.DataFrame, samples: pd.DataFrame, ranks: pd.DataFra
     return found
 
 
+def busy_ranks(points: pd.DataFrame, samples: pd.DataFrame, ranks: pd.DataFrame) -> pd.DataFrame:
+    """One row a rank of every cell that has several: cell, rank, host, and busy_s, the median over its timed steps."""
+    busy = _busy(samples)
+    table = busy[(points["ranks"].reindex(busy["point"]) > 1).to_numpy()]
+    table = table.assign(cell=points["cell"].reindex(table["point"]).to_numpy())
+    table = table.merge(ranks.reindex(columns=["point", "rank", "host"]), on=["point", "rank"], how="left")
+    grouped = table.groupby(["cell", "rank"], sort=False)
+    return grouped.agg(busy_s=("busy_s", "median"), host=("host", _named)).reset_index()
+
+
+def _named(hosts: pd.Series) -> str:
+    return " or ".join(sorted({*map(str, hosts.dropna())}))
+
+
 def from_storage(points: pd.DataFrame, ranks: pd.DataFrame) -> pd.Series:
     """Cell -> share of the bytes read in its timed steps that storage delivered, where the kernel counts them."""
     reads = ranks.reindex(columns=["point", "storage_read_bytes", "file_read_bytes"]).groupby("point").sum(min_count=1)
@@ -168,6 +182,8 @@ def elasticities(whole: pd.DataFrame, compute_s: pd.Series, work_s: pd.Series) -
     found: dict[str, float] = {}
     computing = whole.assign(compute_s=compute_s, work_s=work_s)
     computing = computing[(computing["work_s"] > 0) & (computing["compute_s"] > 0)]
+    if computing.empty:
+        return found
     for axis in axes:
         others = [name for name in axes if name != axis]
         groups = computing.groupby(others, sort=False) if others else [((), computing)]

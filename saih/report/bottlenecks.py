@@ -9,12 +9,14 @@ from typing import Any
 import pandas as pd
 
 from saih.analysis import numbers
-from saih.analysis.bottleneck import CACHED_SHARE, TIMED, Share, Verdict, verdicts
+from saih.analysis.bottleneck import CACHED_SHARE, TIMED, Share, Verdict, busy_ranks, verdicts
 from saih.analysis.contention import contention
 from saih.report.grid import MOST_GROUPS, layout, left_out, spread, words
 from saih.report.results import Results
 
 MOST_ROWS = 120
+FIVE = 5
+"""Times the memory of the host a data set has to be for storage to be what is measured."""
 VISIBLE_SHARE = 0.005
 
 
@@ -66,6 +68,44 @@ def slopes(results: Results) -> list[dict[str, str]]:
                 }
             )
     return told
+
+
+def over_ranks(results: Results) -> list[dict[str, Any]]:
+    """How long the ranks of a cell are busy in a step, a row a cell that has several: spread, and who comes last."""
+    found = busy_ranks(results.points, results.samples, results.ranks)
+    told = []
+    for cell, ranks in found[found["cell"].isin(results.whole.index)].groupby("cell", sort=False):
+        fastest, slowest = ranks.loc[ranks["busy_s"].idxmin()], ranks.loc[ranks["busy_s"].idxmax()]
+        told.append(
+            {
+                "labels": [str(results.cells.at[cell, f"label_{axis.name}"]) for axis in results.axes],
+                "fastest": numbers.si(fastest["busy_s"], "s"),
+                "median": numbers.si(ranks["busy_s"].median(), "s"),
+                "slowest": numbers.si(slowest["busy_s"], "s"),
+                "apart": numbers.three(100 * (slowest["busy_s"] / ranks["busy_s"].median() - 1)),
+                "last": f"rank {slowest['rank']} on {slowest['host']}",
+            }
+        )
+    return spread(told, MOST_ROWS)
+
+
+def cache_rule(results: Results) -> str:
+    """Whether data sets are large enough not to be kept in memory, by MLPerf Storage's rule; empty if nothing is read.
+
+    Sites state the memory of a node; what several nodes read, each of them may keep.
+    """
+    reading = results.whole[results.whole["file_read_bytes"] > 0]
+    if reading.empty:
+        return ""
+    held = float(reading["predicted_disk_bytes"].max())
+    memory = float(results.sweep["site"]["node_memory_gib"]) * 2**30
+    told = f"The largest data set is {numbers.si(held, 'B')}, {numbers.three(held / memory)} times a node's memory"
+    if held >= FIVE * memory:
+        return f"{told}: too large to be read from there."
+    return (
+        f"{told}; below {FIVE} times (the rule of MLPerf Storage) an epoch may be read from the page cache, so what "
+        "storage delivered is counted, and an epoch that it delivered nothing of is marked."
+    )
 
 
 def table(results: Results, found: list[Verdict]) -> pd.DataFrame:

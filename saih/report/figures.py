@@ -82,6 +82,8 @@ class Panel:
     ideals: Ideals = ()
     ideals_are: str = "ideal"
     y_bottom: float = 0.0
+    logarithmic: bool = False
+    """Of y; it then begins where the values do."""
 
 
 def draw(panel: Panel) -> str:
@@ -119,11 +121,14 @@ def _scale(axes: Axes, panel: Panel) -> None:
     places, labels = [place for place, _ in panel.x.ticks], [label for _, label in panel.x.ticks]
     if panel.x.logarithmic:
         axes.set_xscale("log")
-    if not panel.x.joined:
+    elif not panel.x.joined:
         axes.set_xlim(min(places) - 0.5, max(places) + 0.5)
     axes.set_xticks(places, labels)
     axes.set_xticks([], minor=True)
-    axes.set_ylim(panel.y_bottom, panel.y_top)
+    if panel.logarithmic:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(panel.y_bottom, panel.y_top)
     axes.set_xlabel(panel.x.label)
     axes.set_ylabel(panel.y_label)
     axes.grid(color=RULE, linewidth=0.7)

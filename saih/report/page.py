@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from saih.analysis.bottleneck import TIMED
 from saih.analysis.ceilings import unit
 from saih.analysis.scaling import scaling
 from saih.files import write_atomic
-from saih.report import asked, bottlenecks, curves, tables, trade, trends
+from saih.report import asked, bottlenecks, curves, roofline, tables, trade, trends
 from saih.report.downloads import downloads
 from saih.report.figures import draw
 from saih.report.grid import layout
@@ -25,9 +26,12 @@ from saih.report.summary import ceiling_intervals, chosen_ceilings, is_ceilings,
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
-def write(results: Path, output: Path) -> Path:
-    """Write the page of `results` to `output`, whole or not at all; SaihError where `results` cannot be read."""
-    text = _render(read(results)).encode()
+def write(results: Path, output: Path, ceilings: Mapping[str, Any] | None = None) -> Path:
+    """Write the page of `results` to `output`, whole or not at all; SaihError where `results` cannot be read.
+
+    The page of a part of the ceilings lists all of `ceilings`, the site's, where they are given.
+    """
+    text = _render(read(results), ceilings).encode()
     write_atomic(output, lambda file: file.write(text))
     return output
 
@@ -44,16 +48,16 @@ def headline(results: Path) -> str:
     return plain(summarize(read(results)))
 
 
-def _render(results: Results) -> str:
+def _render(results: Results, ceilings: Mapping[str, Any] | None) -> str:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     env = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     env.filters |= {"three": numbers.three, "plural": numbers.plural, "draw": lambda panel: Markup(draw(panel))}  # noqa: S704
-    return env.get_template("report.html.j2").render(_content(results))
+    return env.get_template("report.html.j2").render(_content(results, ceilings))
 
 
-def _content(results: Results) -> dict[str, Any]:
+def _content(results: Results, ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
     probing = is_ceilings(results)
     groups, groups_left = ([], "") if probing else curves.percent_curves(results)
     maps, maps_left = ([], "") if probing else tables.heat_maps(results)
@@ -87,9 +91,10 @@ def _content(results: Results) -> dict[str, Any]:
         "phase_rows": phase_rows,
         "checks": checks,
         "check_rows": check_rows,
-        "rates": _rates(results) if probing else None,
+        "rates": _rates(results, ceilings) if probing else None,
         "shapes": [] if probing else trends.shapes(results),
         "trends": [] if probing else trends.trends(results),
+        "roofline": None if probing else roofline.rooflines(results),
         "bottlenecks": None if probing else _bottlenecks(results),
         "scaling": _scaling(results),
         "trade": trade.section(results),
@@ -102,8 +107,8 @@ def _content(results: Results) -> dict[str, Any]:
     }
 
 
-def _rates(results: Results) -> dict[str, Any]:
-    found = chosen_ceilings(results)
+def _rates(results: Results, ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
+    found = ceilings or chosen_ceilings(results)
     intervals = ceiling_intervals(found)
     chosen = [
         (name, numbers.si(rate, unit(name)), intervals.get(name, ""), found["sources"][name])
@@ -120,7 +125,16 @@ def _bottlenecks(results: Results) -> dict[str, Any] | None:
     if not found and not slopes:
         return None
     rows = bottlenecks.rows(results, found)
-    return {"rows": rows, "maps": maps, "left": left, "slopes": slopes, "total": len(found), "parts": TIMED}
+    return {
+        "rows": rows,
+        "maps": maps,
+        "left": left,
+        "slopes": slopes,
+        "over_ranks": bottlenecks.over_ranks(results),
+        "cache_rule": bottlenecks.cache_rule(results),
+        "total": len(found),
+        "parts": TIMED,
+    }
 
 
 def _scaling(results: Results) -> dict[str, Any] | None:

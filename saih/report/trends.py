@@ -5,6 +5,7 @@ What the model says was not measured; it is kept apart from all that was.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,16 +73,22 @@ def trends(results: Results) -> list[Trend]:
 
 
 def extra_p(results: Results) -> str:
-    """Measured step times in the text format of Extra-P, over the sized axes; a line of repeats for each point."""
+    """Measured step times in the JSON Lines format of Extra-P 4: one line a repeat, over the sized axes.
+
+    Cells that differ in other axes are call paths of their own.
+    """
     sized = [axis for axis in results.problem_axes if is_sized(axis)]
-    lines = [f"PARAMETER {axis.name}" for axis in sized]
-    cells = results.whole.sort_values([f"size_{axis.name}" for axis in sized])
-    places = [" ".join(f"{cell[f'size_{axis.name}']:g}" for axis in sized) for _, cell in cells.iterrows()]
-    lines.append("POINTS " + " ".join(f"( {place} )" for place in places))
-    lines += ["REGION step", "METRIC step_s"]
-    steps = results.by_point.groupby("cell")["step_s"]
-    lines += ["DATA " + " ".join(f"{value:.9g}" for value in steps.get_group(cell)) for cell in cells.index]
-    return "\n".join(lines) + "\n"
+    others = [axis for axis in results.problem_axes if not is_sized(axis)]
+    lines = []
+    for cell, row in results.whole.sort_values([f"size_{axis.name}" for axis in sized]).iterrows():
+        place = {
+            "params": {axis.name: float(row[f"size_{axis.name}"]) for axis in sized},
+            "callpath": "->".join(["step", *(f"{axis.name}={row[f'label_{axis.name}']}" for axis in others)]),
+            "metric": "step_s",
+        }
+        steps_s = results.by_point.loc[results.by_point["cell"] == cell, "step_s"]
+        lines += [json.dumps(place | {"value": float(value)}) for value in steps_s]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _trend(caption: str, cells: pd.DataFrame, sized: list[Axis], results: Results) -> Trend | None:

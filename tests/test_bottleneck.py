@@ -1,0 +1,197 @@
+"""Verdicts on steps whose parts the test chooses: shares, splits, certainty, and what a faster part would give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saih.analysis.bottleneck import TIMED, Share, Verdict, busy_ranks, verdicts
+from saih.analysis.cells import job_steps, per_cell, per_point
+from saih.core import PHASES
+
+CEILINGS = {"rates": {"fp32": 1e9, "copy": 1e9, "launch_s": 1e-4}}
+"""1 GFLOP/s, 1 GB/s, 0.1 ms a launch."""
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Phases of a step in seconds, the same in all steps: of one rank, or of several."""
+
+    ranks: Sequence[Mapping[str, float]]
+    ablation: str = "none"
+    flop: float = 0.0
+    moved_bytes: float = 0.0
+    operations: int = 0
+    size: int = 1
+    read: tuple[float, float] = (np.nan, np.nan)
+    """(from storage, asked for) in bytes."""
+    noise: Sequence[float] = field(default=(1.0, 1.01, 0.99))
+    """Of each repeat: what all of it takes over what it should."""
+
+
+def judge(*cells: Cell) -> list[Verdict]:
+    points, samples, ranks = tables(cells)
+    sweep: dict[str, Any] = {"ceilings": CEILINGS, "site": {"peak": {"flop_per_s": {}}}}
+    steps = job_steps(points, samples)
+    repeats = per_point(points, steps, sweep)
+    return verdicts(points, samples, ranks, repeats, per_cell(points, steps, sweep), sweep)
+
+
+def tables(cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Points, samples and ranks as a results file has them."""
+    points, samples, ranks = {}, [], []
+    for number, cell in enumerate(cells):
+        for repeat, factor in enumerate(cell.noise):
+            point = f"p{number}r{repeat}"
+            points[point] = {
+                "cell": f"c{number}",
+                "repeat": repeat,
+                "status": "measured",
+                "ranks": len(cell.ranks),
+                "predicted_operations": cell.operations,
+                "param_ablation": cell.ablation,
+                "param_size": cell.size,
+                "label_ablation": cell.ablation,
+                "label_size": str(cell.size),
+                "size_size": cell.size,
+            }
+            for rank, phases in enumerate(cell.ranks):
+                spent = {f"{phase}_s": factor * phases.get(phase, 0.0) for phase in PHASES}
+                work = {"units": 1.0, "flop": cell.flop, "moved_bytes": cell.moved_bytes, "warmup": 0}
+                row = {"point": point, "rank": rank} | work | spent | {"step_s": sum(spent.values())}
+                samples += [row | {"step": step} for step in range(STEPS)]
+                read = dict(zip(("storage_read_bytes", "file_read_bytes"), cell.read, strict=True))
+                ranks.append({"point": point, "rank": rank, "host": f"n{rank}"} | read)
+    return pd.DataFrame.from_dict(points, orient="index"), pd.DataFrame(samples), pd.DataFrame(ranks)
+
+
+def one(verdicts_: list[Verdict]) -> Verdict:
+    [verdict] = verdicts_
+    return verdict
+
+
+def test_shares_are_what_the_clocks_saw_and_add_up() -> None:
+    verdict = one(judge(Cell([{"input": 0.6, "compute": 0.3, "other": 0.1}])))
+    assert (verdict.bottleneck, verdict.certain) == ("input", True)
+    assert sum(share.of_step for share in verdict.shares.values()) == pytest.approx(1.0)
+    assert {part: verdict.shares[part].of_step for part in ("input", "compute", "other")} == pytest.approx(
+        {"input": 0.6, "compute": 0.3, "other": 0.1}
+    )
+    assert "timed, not taken out" in verdict.evidence
+
+
+def test_an_experiment_beats_the_clock() -> None:
+    """The clock saw waiting for a batch; without reading the step is no faster: something else held the reader up."""
+    whole, without = {"input": 0.6, "compute": 0.4}, {"compute": 0.99}
+    verdict = one(judge(Cell([whole]), Cell([without], ablation="input")))
+    assert verdict.shares["input"].ablated
+    assert verdict.shares["input"].of_step == pytest.approx(0.01)
+    assert verdict.bottleneck == "compute"
+    verdict = one(judge(Cell([{"input": 0.6, "compute": 0.4}]), Cell([{"compute": 0.4}], ablation="input")))
+    assert (verdict.bottleneck, verdict.shares["input"].of_step) == ("input", pytest.approx(0.6))
+    assert "taken out of the step" in verdict.evidence
+
+
+def test_repeats_that_disagree_and_single_ones_are_not_certain() -> None:
+    whole, noise = [{"input": 0.5, "compute": 0.5}], (0.7, 1.0, 1.4)
+    unsure = one(judge(Cell(whole, noise=noise), Cell([{"compute": 0.49}], ablation="input")))
+    assert not unsure.certain
+    assert unsure.shares["input"].low < unsure.shares["input"].of_step < unsure.shares["input"].high
+    single = one(judge(Cell([{"input": 0.9, "compute": 0.1}], noise=(1.0,))))
+    assert (single.bottleneck, single.certain) == ("input", False)
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [((0.9, 1.0), "storage"), ((0.3, 1.0), "input"), ((0.01, 1.0), "input"), ((np.nan, np.nan), "input")],
+)
+def test_input_is_storage_only_where_storage_delivered_it(read: tuple[float, float], name: str) -> None:
+    verdict = one(judge(Cell([{"input": 0.9, "compute": 0.1}], read=read)))
+    assert verdict.bottleneck == name
+    assert ("a cached epoch" in verdict.evidence) == (read[0] < 0.05)
+
+
+@pytest.mark.parametrize(
+    ("cell", "name", "certain"),
+    [
+        (Cell([{"compute": 1.0}], flop=0.9e9, moved_bytes=0.1e9), "FLOP", True),
+        (Cell([{"compute": 1.0}], flop=0.1e9, moved_bytes=0.9e9), "memory", True),
+        (Cell([{"compute": 1.0}], flop=0.9e9, moved_bytes=0.85e9), "FLOP", False),
+        (Cell([{"compute": 1.0}], flop=1e7, moved_bytes=1e7, operations=8000), "launch", True),
+        (Cell([{"compute": 1.0}], flop=1e7, moved_bytes=1e7), "launch", False),
+    ],
+)
+def test_computing_is_split_by_the_roofline(cell: Cell, name: str, certain: bool) -> None:
+    verdict = one(judge(cell))
+    assert (verdict.bottleneck, verdict.certain) == (name, certain)
+
+
+def test_time_that_does_not_grow_with_its_work_goes_to_launches() -> None:
+    small = Cell([{"compute": 1.0}], flop=0.04e9, moved_bytes=0.01e9)
+    flat = Cell([{"compute": 1.1}], flop=0.16e9, moved_bytes=0.04e9, size=2)
+    steep = Cell([{"compute": 4.0}], flop=0.16e9, moved_bytes=0.04e9, size=2)
+    assert judge(small, flat)[0].bottleneck == "launch"
+    assert judge(small, steep)[0].bottleneck == "FLOP"
+
+
+def test_a_slow_rank_is_a_straggler_with_a_name_and_ranks_that_take_turns_are_not_sure() -> None:
+    fast, slow = {"compute": 0.2, "communication": 0.8}, {"compute": 0.9, "communication": 0.1}
+    verdict = one(judge(Cell([fast, fast, slow])))
+    assert (verdict.bottleneck, verdict.certain) == ("straggler", True)
+    assert verdict.slowest is not None
+    assert (verdict.slowest.rank, verdict.slowest.host) == (2, "n2")
+    assert verdict.shares["communication"].of_step == pytest.approx(0.1)
+    points, samples, ranks = tables([Cell([fast, fast, slow])])
+    busy = busy_ranks(points, samples, ranks).set_index("rank")
+    assert busy["busy_s"].tolist() == pytest.approx([0.2, 0.2, 0.9])
+    assert busy["host"].tolist() == ["n0", "n1", "n2"]
+
+
+def test_cells_that_only_read_have_no_growth_of_computing() -> None:
+    points, samples, ranks = tables([Cell([{"input": 1.0}], moved_bytes=1e6)])
+    points, sweep = points.drop(columns=["label_ablation", "param_ablation"]), {"site": {"peak": {"flop_per_s": {}}}}
+    steps = job_steps(points, samples)
+    cells, repeats = per_cell(points, steps, sweep), per_point(points, steps, sweep)
+    assert one(verdicts(points, samples, ranks, repeats, cells, sweep)).bottleneck == "input"
+
+
+def test_what_is_disturbed_gets_no_verdict() -> None:
+    found = judge(Cell([{"compute": 1.0}]), Cell([{"compute": 0.5}], ablation="input"))
+    assert [verdict.cell for verdict in found] == ["c0"]
+
+
+def simulated(compute_s: float, read_s: float, reads_ahead: bool) -> float:
+    """A step that computes and reads, one after the other or at the same time."""
+    return max(compute_s, read_s) if reads_ahead else compute_s + read_s
+
+
+@given(st.floats(0.05, 1.0), st.floats(0.05, 1.0), st.booleans())
+def test_what_doubling_gives_is_what_doubling_gives(compute_s: float, read_s: float, reads_ahead: bool) -> None:
+    """From the three experiments on a step, its time with a reader, or a processor, of twice the speed."""
+    step_s = simulated(compute_s, read_s, reads_ahead)
+    waits_s = step_s - compute_s
+    verdict = one(
+        judge(
+            Cell([{"compute": compute_s, "input": waits_s}]),
+            Cell([{"compute": compute_s}], ablation="input"),
+            Cell([{"input": read_s}], ablation="compute"),
+        )
+    )
+    faster_reader = step_s / simulated(compute_s, read_s / 2, reads_ahead)
+    faster_compute = step_s / simulated(compute_s / 2, read_s, reads_ahead)
+    assert verdict.shares["input"].gain_of_doubling()[0] == pytest.approx(faster_reader, rel=1e-6)
+    assert verdict.shares["compute"].gain_of_doubling()[0] == pytest.approx(faster_compute, rel=1e-6)
+
+
+def test_without_experiments_nothing_is_taken_to_overlap() -> None:
+    assert Share(0.5, 0.4, 0.6, ablated=False).gain_of_doubling() == pytest.approx((4 / 3, 1.25, 10 / 7))
+    assert Share(0.0, 0.0, 0.0, ablated=False).gain_of_doubling() == (1, 1, 1)
+    assert set(one(judge(Cell([{"compute": 1.0}]))).shares) == set(TIMED)
