@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from workloads.video.caches import BLOCK, CFG, FULL, STEP, Fixed
 from workloads.video.loop import Policy, Request, Step
 from workloads.video.mixcache import bench, spec, variants
 from workloads.video.mixcache.policy import Always, MixCache, Repair, Trigger
+from workloads.video.probe import Probe
 from workloads.video.toy import train
 
 DEFAULTS = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
@@ -322,6 +324,20 @@ def test_the_uncached_variant_is_its_own_reference(tmp_path: Path) -> None:
     assert check.passed, check.why
     assert check.numbers["ssim"] == check.numbers["iso_gain"] == check.numbers["work_gain"] == 1
     assert "psnr_db" not in check.numbers, "infinite"
+    assert "alignment" not in check.numbers, "the probe cannot read so small a video"
+
+
+def test_alignment_is_the_share_of_words_that_the_probe_reads(tmp_path: Path) -> None:
+    told = params(**SMALL | {"frames": 8, "rows": 24, "columns": 24, "videos": 3}, variant="none")
+    ready = bench.setup(Point("mixcache", told, seed=7), Context(Place(0, 0, 1), "cpu", str(tmp_path)))
+    toy, probe = ready.checkpoint, Probe.load()
+    read = []
+    for place in range(3):
+        prompt = toy.words.prompt(7 + place)
+        request = toy.request(prompt, (8, 24, 24), 10, float(told["guidance"]), 7 + place)
+        video = toy.pixels(toy.loop().generate(request).latents)
+        read.append(probe.alignment(probe.read(video[:, 0][None])[0], prompt))
+    assert ready.check().numbers["alignment"] == pytest.approx(np.mean(read))
 
 
 def test_the_check_fails_when_two_runs_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from workloads.video import options
 from workloads.video.adapters import Adapter
 from workloads.video.checkpoint import Checkpoint
 from workloads.video.loop import COND, Loop, Policy, Result, Step
-from workloads.video.reference import Reference, Videos, run
+from workloads.video.probe import Probe
+from workloads.video.reference import Reference, Videos, pixels_of, run
 from workloads.video.shapes import DiT
 
 CALIBRATION_SEED = 1_000_000
@@ -36,6 +37,7 @@ class Denoising:
         baseline: the variant that must give the reference's own bits.
         checkpoint: of the first model.
         reference: None for random weights, where quality means nothing.
+        probe: None for videos that it cannot read.
         requests: what is made, by turns.
     """
 
@@ -56,6 +58,7 @@ class Denoising:
         self.folder.mkdir(parents=True, exist_ok=True)
         trained = self.checkpoint.trained
         self.reference = Reference.of(self.checkpoint, self.videos, identity, self.folder) if trained else None
+        self.probe = Probe.of(self.checkpoint, self.videos.grid)
         self.loop = Loop([self.checkpoint.adapter, *others], self.checkpoint.scheduler, context.device)
         self.requests = self.videos.requests(self.checkpoint)
         self.policy = Policy()
@@ -113,6 +116,10 @@ class Denoising:
         if self.params["variant"] == "fewer-steps":
             worth = forwards  # by definition; the interpolated curve may be a little off
         numbers = {"ssim": quality.ssim, "iso_forwards": worth, "iso_gain": worth / forwards}
+        if self.probe is not None:
+            seen = self.probe.read(torch.cat([video.transpose(0, 1) for video in pixels_of(self.checkpoint, results)]))
+            pairs = zip(seen, self.videos.prompts, strict=True)
+            numbers["alignment"] = sum(self.probe.alignment(*pair) for pair in pairs) / len(seen)
         if self.params["lpips"]:
             weights = Path(str(self.params["lpips"]))
             numbers["lpips"] = self.reference.perceived(self.checkpoint, results, weights)

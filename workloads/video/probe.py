@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from workloads.video.checkpoint import Checkpoint
+
 FILE = Path(__file__).parent / "toy" / "weights" / "probe" / "probe.safetensors"
 """The shipped probe."""
 FRAMES = 8
@@ -79,6 +81,14 @@ class Probe:
         told = json.dumps({"attributes": self.attributes, "accuracy": self.accuracy})
         state = {key: value.half().contiguous() for key, value in self.network.state_dict().items()}
         save_file(state, path, metadata={"probe": told})
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, grid: Sequence[int]) -> Probe | None:
+        """The shipped one, where the videos of this checkpoint, of this grid, are what it was trained on."""
+        if not checkpoint.trained or checkpoint.words is None:
+            return None
+        probe = cls.load()
+        return probe if probe.reads(checkpoint.words.attributes, grid) else None
 
     def reads(self, attributes: Sequence[Sequence[str]], grid: Sequence[int]) -> bool:
         """Whether videos of this grid, with prompts of these words, are what it was trained on."""

@@ -109,7 +109,7 @@ class Reference:
     def make(cls, checkpoint: Checkpoint, videos: Videos) -> Reference:
         """Run the plain loop in all of the steps, then in fewer."""
         loop = checkpoint.loop()
-        pixels = tuple(_pixels(checkpoint, run(loop, videos.requests(checkpoint))))
+        pixels = tuple(pixels_of(checkpoint, run(loop, videos.requests(checkpoint))))
         plain = cls(pixels, ())
         curve = {}
         for steps in sorted({max(2, round(share * videos.steps)) for share in SHARES} - {videos.steps}):
@@ -124,14 +124,14 @@ class Reference:
 
     def quality(self, checkpoint: Checkpoint, results: Sequence[Result]) -> Quality:
         """Of the results of all requests."""
-        pixels = _pixels(checkpoint, results)
+        pixels = pixels_of(checkpoint, results)
         likeness = [ssim(video, plain) for video, plain in zip(pixels, self.pixels, strict=True)]
         return Quality(psnr_db(torch.stack(pixels), torch.stack(self.pixels)), sum(likeness) / len(likeness))
 
     def perceived(self, checkpoint: Checkpoint, results: Sequence[Result], weights: Path) -> float:
         """LPIPS of the results of all requests: mean over videos. `weights` as `Lpips` takes them."""
         network = Lpips(weights)
-        pairs = zip(_pixels(checkpoint, results), self.pixels, strict=True)
+        pairs = zip(pixels_of(checkpoint, results), self.pixels, strict=True)
         return sum(network.distance(video, plain) for video, plain in pairs) / len(self.pixels)
 
     def plain_steps(self, db: float, steps: int) -> float:
@@ -139,8 +139,8 @@ class Reference:
         return work_at(self.curve, db, steps)
 
 
-def _pixels(checkpoint: Checkpoint, results: Sequence[Result]) -> list[Tensor]:
-    """Of each video of each result."""
+def pixels_of(checkpoint: Checkpoint, results: Sequence[Result]) -> list[Tensor]:
+    """Of each video of each result: float32 in [0, 1], [frames, channels, rows, columns]."""
     return [checkpoint.pixels(latents).cpu() for result in results for latents in result.latents.split(1)]
 
 

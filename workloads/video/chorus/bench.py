@@ -50,7 +50,7 @@ class Serving:
         loaded, self.identity = load(str(params["model"]), layers, width, params, context.device)
         self.params, self.seed = params, point.seed
         self.checkpoint = with_words(loaded)
-        self.probe = Probe.load() if self._readable() else None
+        self.probe = Probe.of(self.checkpoint, options.grid(params))
         self.embed = lru_cache(None)(lambda prompt: prompt_vector(self.checkpoint, prompt))
         self.trace = self._draw()
         self.plain = int(params["denoise_steps"]) * (2 if float(params["guidance"]) > 1 else 1)
@@ -100,10 +100,6 @@ class Serving:
 
     def _capacity(self) -> float:
         return float(self.params["store_mb"]) * 1e6
-
-    def _readable(self) -> bool:
-        words, trained = self.checkpoint.words, self.checkpoint.trained
-        return trained and words is not None and Probe.load().reads(words.attributes, options.grid(self.params))
 
     def _draw(self) -> list[Asked]:
         params = self.params

@@ -82,6 +82,14 @@ CLAIMS = (
     ),
     _claim("likeness", "SSIM of SRDiffusion with the large model's videos", "check_ssim", "srdiffusion", "large", 0.96),
     _claim(
+        "alignment",
+        "share of the prompts' words that a probe reads in the videos, SRDiffusion over the large model",
+        "check_alignment",
+        "srdiffusion",
+        "large",
+        0.98,
+    ),
+    _claim(
         "gain-is-predicted",
         "measured gain over 1/(f+(1-f)r), f the large model's share of steps and r its small one's of FLOP",
         "work_per_s",
