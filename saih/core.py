@@ -118,11 +118,16 @@ class Axis:
     name: str
     unit: str
     rungs: tuple[Rung, ...]
+    usual: tuple[str, ...] = ()
+    """Labels of the rungs that the axis stands for where none are named; none: all of them."""
 
-    def pick(self, labels: Sequence[object], where: str = "") -> Axis:
-        """This axis with only the rungs named, in ladder order; SaihError for a label that does not exist."""
-        wanted = [str(label) for label in labels]
+    def pick(self, labels: Sequence[object] = (), where: str = "") -> Axis:
+        """This axis with only the rungs named, or its usual ones, in ladder order.
+
+        Raises SaihError for a label that does not exist.
+        """
         known = [rung.label for rung in self.rungs]
+        wanted = [str(label) for label in labels or self.usual or known]
         for label in wanted:
             if label not in known:
                 raise unknown(f"rung of axis {self.name}", label, known, where)

@@ -18,7 +18,13 @@ from workloads.cosmology.cosmoflow.parallel import Parallel
 
 DEFAULTS = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
 SMALL: dict[str, Value] = {"mesh": 16, "width": 4, "samples": 8}
-LESSON: dict[str, Value] = {"train": "until-mae", "target_mae": 0.0, "epochs": 2, "validation": 4, "augment": "symmetry"}
+LESSON: dict[str, Value] = {
+    "train": "until-mae",
+    "target_mae": 0.0,
+    "epochs": 2,
+    "validation": 4,
+    "augment": "symmetry",
+}
 
 
 def rank(place: int, world: int, folder: str, cases: Mapping[str, Mapping[str, Value]]) -> None:

@@ -21,7 +21,7 @@ from saih.errors import SaihError
 from saih.site import Site
 from saih.timing import Unclocked
 from workloads.cosmology import storages
-from workloads.cosmology.dataset import generate
+from workloads.cosmology.dataset import Dataset, generate
 from workloads.cosmology.mesh import Mesh
 from workloads.cosmology.recipe import Recipe
 from workloads.cosmology.storages import DEFAULT_STORAGE
@@ -77,6 +77,25 @@ def test_a_data_set_is_made_by_two_ranks_and_goes_on_after_a_kill(tmp_path: Path
     assert "1 piece x 2 ranks on two" in told
     assert files(tmp_path / "data") == expected
     assert all(path.stat().st_mtime_ns == made for path, made in early.items())
+
+
+def volumes(root: Path, recipe: Recipe, storage: str) -> torch.Tensor:
+    data, held = Dataset(root, recipe, storage), torch.empty((recipe.samples, *recipe.shape), dtype=torch.int16)
+    for index in range(recipe.samples):
+        data.read_into(index, held[index].numpy())
+    return held
+
+
+def test_ranks_that_share_universes_make_those_of_one_rank(tmp_path: Path) -> None:
+    recipe = Recipe(mesh=32, channels=2, seed=3, samples=3)
+    words = ["generate", "--set", "mesh=32,channels=2,samples=3,spread=slabs,storage=npy", "--seed", "3"]
+    running = start(tmp_path, *words)
+    told, errors = running.communicate(timeout=200)
+    assert running.returncode == 0, told + errors
+    generate(tmp_path / "alone", recipe, storage="npy")
+    whole, slabs = volumes(tmp_path / "alone", recipe, "npy"), volumes(tmp_path / "data", recipe, "npy")
+    assert (whole.int() - slabs.int()).abs().max() <= 1, "but for roundings to the next whole particle"
+    assert (whole != slabs).float().mean() < 1e-3
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(

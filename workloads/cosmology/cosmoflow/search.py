@@ -25,7 +25,8 @@ from workloads.cosmology.cosmoflow import execution, spec
 from workloads.cosmology.cosmoflow.data import VALIDATION_SEED, Standard
 from workloads.cosmology.cosmoflow.model import build
 from workloads.cosmology.cosmoflow.networks import HEAD_CHANNELS, deepest
-from workloads.cosmology.dataset import Dataset, Recipe, generate
+from workloads.cosmology.dataset import Dataset, generate
+from workloads.cosmology.recipe import Recipe
 
 WIDEST = 4096
 DEEPEST = {"cosmoflow": 4, "vit": 12}

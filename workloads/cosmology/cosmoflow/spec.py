@@ -168,9 +168,10 @@ def _ladder() -> tuple[Rung, ...]:
 
 AXES = (
     Axis("data", "voxels per side", tuple(Rung(str(n), {"mesh": n}, n) for n in (16, 32, 64, 128, 256, 512))),
-    Axis("model", f"GFLOP forward for a volume of {SIZED_AT}^3", _ladder()),
+    Axis("model", f"GFLOP forward for a volume of {SIZED_AT}^3", _ladder(), ("w2", "w4", "w8", "w16", "w32", "w64")),
 )
-"""A larger volume takes a deeper network down to the same 4^3: `--set stages=2` holds the depth.
+"""The model axis alone grows one network in one way, its width, so that its trend is one curve; depth and transformers
+have names. A larger volume takes a deeper network down to the same 4^3: `--set stages=2` holds the depth.
 data=128, model=w32 is the MLPerf HPC network: 8,907,556 parameters, 68.86 GFLOP forward per sample, the lower end of
 the range SAIH is reported to have covered; data=512, model=w64, 16.2 TFLOP, is its upper end."""
 

@@ -97,6 +97,23 @@ CLAIMS = (
         target=1.0,
         where={"data": "last"},
     ),
+    *(
+        Claim(
+            f"share-of-{part}",
+            f"seconds of {text} over seconds of a universe of four channels",
+            "step_s",
+            {"part": part},
+            {"part": "all"},
+            target=target,
+            better="lower",
+            where={"data": "last"},
+        )
+        for part, text, target in (
+            ("transforms", "its Fourier transforms", 0.5),
+            ("displacements", "its displacements, with their transforms", 0.75),
+            ("painting", "painting all channels", 0.5),
+        )
+    ),
     Claim(
         "painting-is-not-the-largest",
         "seconds of painting all channels over seconds of the displacements",
