@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 WORKLOADS = list(workload.packages())
 SCHEDULERS = schedulers.names()
 METRICS = {"step_s", *RATES}
+LARGEST_GRID = 100
 
 
 def specs(member: str) -> list[Any]:
@@ -182,9 +184,10 @@ def test_every_rung_has_a_cost(name: str, axis: Axis) -> None:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_cost_is_a_pure_function_of_the_parameters(name: str) -> None:
-    """Over the full grid of all axes; a combination without sense raises SaihError and nothing else."""
+    """Over the grid of all axes, drawn from where it is large; what has no sense raises SaihError and nothing else."""
     spec = workload.spec(name)
-    for rungs in itertools.product(*(axis.rungs for axis in spec.AXES)):
+    grid = list(itertools.product(*(axis.rungs for axis in spec.AXES)))
+    for rungs in random.Random(name).sample(grid, min(len(grid), LARGEST_GRID)):
         params = defaults(name)
         for rung in rungs:
             params |= rung.params

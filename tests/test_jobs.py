@@ -157,7 +157,7 @@ def test_a_saih_killed_in_the_middle_loses_nothing_and_runs_nothing_twice(workpl
 
 
 def test_everything_killed_at_once_goes_on_where_it_stopped(workplace: Workplace) -> None:
-    sweep = ("--axis=size", "--set=step_ms=60", "--repeat=1", QUICK)
+    sweep = ("--axis=size", "--set=step_ms=300", "--repeat=1", QUICK)
     first = workplace.start("sweep", "faulty", "--site=small", "--no-probe", *sweep)
     workplace.wait_for_measured(2)
     (agent,) = (int(path.read_text()) for path in workplace.folder.glob("jobs/*/jobs/*/pid"))
@@ -173,7 +173,7 @@ def test_everything_killed_at_once_goes_on_where_it_stopped(workplace: Workplace
 
 
 def test_ctrl_c_stops_the_job_and_the_same_command_goes_on(workplace: Workplace) -> None:
-    sweep = ("--axis=size", "--set=step_ms=60", "--repeat=1", QUICK)
+    sweep = ("--axis=size", "--set=step_ms=300", "--repeat=1", QUICK)
     first = workplace.start("sweep", "faulty", "--site=small", "--no-probe", *sweep)
     workplace.wait_for_measured(2)
     os.kill(first.pid, signal.SIGINT)
@@ -187,7 +187,7 @@ def test_ctrl_c_stops_the_job_and_the_same_command_goes_on(workplace: Workplace)
 
 
 def test_a_second_saih_on_the_same_sweep_is_refused(workplace: Workplace) -> None:
-    sweep = ("--axis=size", "--set=step_ms=60", "--repeat=1", QUICK)
+    sweep = ("--axis=size", "--set=step_ms=300", "--repeat=1", QUICK)
     first = workplace.start("sweep", "faulty", "--site=small", "--no-probe", *sweep)
     workplace.wait_for_measured(1)
     output = workplace.sweep(*sweep, status=2)
