@@ -56,6 +56,12 @@ def test_what_is_known_well_is_left_alone() -> None:
     assert choose(line(lambda n: n, set(SIZES), spread=1 + FINE), ["data"], {f"c{n}": 1.0 for n in SIZES}, 1e9) == {}
 
 
+def test_what_failed_is_not_tried_for_its_bend() -> None:
+    table = line(lambda n: max(4.0, n**2 / 4), {1, 4, 16, 32})
+    table.loc["c8", "status"] = "failed"
+    assert "c8" not in choose(table, ["data"], {f"c{n}": 1.0 for n in SIZES}, 9.0)
+
+
 def test_a_single_repeat_is_worth_another() -> None:
     assert set(choose(line(lambda n: n, {1, 2}, repeats=1), ["data"], {"c1": 1.0, "c2": 1.0}, 9.0)) == {"c1", "c2"}
 

@@ -34,8 +34,11 @@ def choose(
     order; `seconds` is what one repeat of a cell takes, for the cells that can be measured. The most worth a second
     goes first.
     """
+    if "step_s" not in cells:
+        return {}  # nothing was measured
     worth = pd.concat([_uncertainty(cells), bends(cells, sized)]).groupby(level=0).max()
-    worth = worth[worth.index.isin([cell for cell in seconds if seconds[cell] > 0]) & (worth > FINE)]
+    possible = [cell for cell in seconds if seconds[cell] > 0 and cells["status"].get(cell) != "failed"]
+    worth = worth[worth.index.isin(possible) & (worth > FINE)]
     rate = worth / pd.Series(dict(seconds)).reindex(worth.index)
     chosen: dict[str, float] = {}
     for cell in rate.sort_values(ascending=False, kind="stable").index:

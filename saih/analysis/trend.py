@@ -17,6 +17,8 @@ from scipy.special import stdtr
 
 EXPONENTS = (0, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1, 5 / 4, 4 / 3, 3 / 2, 5 / 3, 2, 7 / 3, 5 / 2, 8 / 3, 3, 4)
 LOG_EXPONENTS = (0, 1)
+WITH_LOG = (0.0, 1.0, 2.0, 3.0)
+"""Of two sizes, terms with a logarithm have these exponents only, or there would be thousands of hypotheses."""
 Term = tuple[float, int]
 CONSTANT: Term = (0.0, 0)
 NEGLIGIBLE = 1e-6
@@ -182,7 +184,7 @@ def _designs(dimensions: int) -> tuple[tuple[tuple[Term, ...], ...], ...]:
     nothing = (CONSTANT,) * dimensions
     if dimensions == 1:
         return ((nothing,), *((nothing, (term,)) for term in terms))
-    coarse = [term for term in terms if term[1] == 0]
+    coarse = [term for term in terms if term[1] == 0 or term[0] in WITH_LOG]
     products = [(nothing, pair) for pair in product([CONSTANT, *coarse], repeat=2) if pair != nothing]
     sums = [(nothing, (first, CONSTANT), (CONSTANT, second)) for first, second in product(coarse, repeat=2)]
     return ((nothing,), *products, *sums)
