@@ -48,7 +48,7 @@ def test_the_bend_goes_first_and_then_the_widest_interval() -> None:
     seconds = {f"c{n}": 1.0 for n in SIZES}
     table = line(lambda n: max(4.0, n**2 / 4), {1, 4, 16, 32}, spread=1.05)
     table.loc["c16", "step_s_high"] *= 1.5
-    assert next(iter(choose(table, ["data"], seconds, 2.0))) == "c8"
+    assert set(choose(table, ["data"], seconds, 2.0)) == {"c2", "c8"}, "both sides of the corner"
     assert "c16" in choose(table, ["data"], seconds, 3.0)
 
 

@@ -179,7 +179,10 @@ def _power(size: np.ndarray, term: Term) -> np.ndarray:
 
 @cache
 def _designs(dimensions: int) -> tuple[tuple[tuple[Term, ...], ...], ...]:
-    """Hypotheses: a constant; a constant and a product of one term a size; a constant and a sum of them."""
+    """Hypotheses: a constant; a constant and a product of one term a size; a constant and a sum of them.
+
+    And a constant and one size's term, of which a part grows with the other: work for each voxel, and for each channel.
+    """
     terms = [(float(i), j) for i in EXPONENTS for j in LOG_EXPONENTS if (i, j) != CONSTANT]
     nothing = (CONSTANT,) * dimensions
     if dimensions == 1:
@@ -187,7 +190,10 @@ def _designs(dimensions: int) -> tuple[tuple[tuple[Term, ...], ...], ...]:
     coarse = [term for term in terms if term[1] == 0 or term[0] in WITH_LOG]
     products = [(nothing, pair) for pair in product([CONSTANT, *coarse], repeat=2) if pair != nothing]
     sums = [(nothing, (first, CONSTANT), (CONSTANT, second)) for first, second in product(coarse, repeat=2)]
-    return ((nothing,), *products, *sums)
+    pairs = list(product(coarse, repeat=2))
+    shared = [(nothing, (first, CONSTANT), (first, second)) for first, second in pairs]
+    shared += [(nothing, (CONSTANT, second), (first, second)) for first, second in pairs]
+    return ((nothing,), *products, *sums, *shared)
 
 
 def _told(name: str, term: Term) -> str:
