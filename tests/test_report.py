@@ -24,7 +24,7 @@ from saih.analysis import numbers
 from saih.core import Axis, Params, Rung
 from saih.errors import SaihError
 from saih.files import read_json, write_json
-from saih.report import asked, figures, page, results, roofline, trade
+from saih.report import asked, figures, page, results, roofline, trade, trends
 from saih.report.grid import is_sized, layout, spread
 from saih.site import Peak
 from tests.synthetic import CEILINGS, DATA, MODEL, SITE, Outcome, Scenario, ladder, make
@@ -407,6 +407,17 @@ def test_the_roofline_holds_every_cell_under_what_was_measured(tmp_path: Path) -
     assert y[0] == pytest.approx(4 * x[0])
     assert 'id="roofline"' in page.write(path, tmp_path / "page.html").read_text()
     assert roofline.rooflines(results.read(gathered(tmp_path / "none", Scenario(ceilings=None)))) is None
+
+
+def test_a_curve_along_each_axis_has_range_knee_and_saturation(tmp_path: Path) -> None:
+    """% of peak is FLOP/s over 1 GFLOP/s, so 10 % for each unit of rate; it levels off over data at every width."""
+    data = Axis("data", "", tuple(Rung(str(n), {"mesh": n}, n) for n in (8, 16, 32, 64, 128)))
+    rates = {8: 1.0, 16: 4.0, 32: 7.8, 64: 7.9, 128: 8.0}
+    scenario = Scenario(axes=(data, MODEL), step_s=lambda params: 1 / rates[int(params["mesh"])])
+    rows = trends.shapes(results.read(gathered(tmp_path, scenario)))
+    assert [(row["axis"], row["series"]) for row in rows] == [("data", "model=w4"), ("data", "model=w8")]
+    for row in rows:
+        assert (row["range"], row["knee"], row["saturation"]) == ("10.0 to 80.0 %", "32", "32")
 
 
 def test_ranks_are_spread_and_the_last_one_is_named(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def shapes(results: Results) -> list[dict[str, str]]:
     if column is None:
         return told
     for axis in results.problem_axes:
-        others = [each for each in results.problem_axes if each is not axis]
+        others = [each for each in results.problem_axes if each.name != axis.name]
         for labels, line in _series(results.whole, others):
             if not is_sized(axis) or line[f"size_{axis.name}"].nunique() < 3:
                 continue

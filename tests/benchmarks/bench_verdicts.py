@@ -96,7 +96,7 @@ def _compare(what: str, predicted: float, measured: np.ndarray) -> None:
 
 
 def _overhead(root: Path) -> None:
-    """Steps with and without the clock of phases, in an order that no period of the steps can match; the clock alone."""
+    """Steps with and without the clock of phases, in random order, which no period matches; and that clock alone."""
     torch.set_num_threads(1)
     spec = workload.spec("cosmoflow")
     params = {name: parameter.default for name, parameter in workload.parameters(spec).items()} | BASE
