@@ -23,7 +23,8 @@ def start(plan: Plan, repeat: int, budget_s: float) -> dict[str, int]:
     """Every other rung of long ladders, and their ends; the cheapest cells first, as far as the budget goes."""
     labels = dict(zip((axis.name for axis in plan.sweep.axes), coarse(plan.sweep.axes), strict=True))
     forecasts = [item for item in _first(plan).values() if _is_among(item, labels)]
-    left_s, wanted = budget_s - LAUNCH_OVERHEAD_S, {}
+    left_s = budget_s - LAUNCH_OVERHEAD_S
+    wanted: dict[str, int] = {}
     for item in sorted(forecasts, key=lambda each: each.point_s):
         left_s -= repeat * item.point_s
         if left_s >= 0:

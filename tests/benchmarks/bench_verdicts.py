@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from saih import workload
+from saih.analysis.cells import is_whole
 from saih.analysis.intervals import log_mean_interval
 from saih.core import Context, Place, Point, Value
 from saih.timing import StepClock, Unclocked, run_steps
@@ -79,8 +80,7 @@ def _throttle(bytes_per_s: float) -> dict[str, Value]:
 def _steps_s(run: Run) -> np.ndarray:
     """Step time of the whole cell, one a repeat."""
     cells = run.cells()
-    whole = cells.index[cells.get("param_ablation", "none") == "none"] if "param_ablation" in cells else cells.index
-    points = run.points[run.points["cell"].isin(whole)].sort_values("repeat")
+    points = run.points[run.points["cell"].isin(cells.index[is_whole(cells)])].sort_values("repeat")
     timed = run.samples[run.samples["warmup"] == 0]
     steps = timed.groupby(["point", "step"])["step_s"].max().groupby("point").median()
     return steps.reindex(points.index).to_numpy()
