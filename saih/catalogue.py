@@ -54,6 +54,7 @@ def _describe(name: str, spec: workload.Spec, site: Site, ceilings: dict[str, fl
             {
                 "name": axis.name,
                 "unit": axis.unit,
+                "usual": [rung.label for rung in axis.pick().rungs],
                 "rungs": [
                     {"label": rung.label, "size": rung.size, "params": dict(rung.params)}
                     | _cost(name, defaults | dict(rung.params), site, ceilings)

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        goes_on = options.verb in (sweep, resume, probe)
+        goes_on = options.verb in (sweep, generate, resume, probe)
         again = "; what was finished is kept, run the same command again" if goes_on else ""
         print(f"saih: {' '.join(f'{place}{error.strerror or error}{again}'.split())}", file=sys.stderr)
         return 2
@@ -73,6 +73,39 @@ def sweep(options: argparse.Namespace) -> int:
     site, sweeps = _asked(options)
     _check_folders()
     return max(_sweep_one(asked, site, options) for asked in sweeps)
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Make a data set and nothing else. What is there of it stays, so one that was stopped goes on."""
+    import time
+
+    from rich.console import Console
+
+    from saih import dataset, drive, jobs, live, schedulers
+    from saih import sweep as language
+
+    site = _site(options.site)
+    settings = language.parse_settings(options.set)
+    data, plan = dataset.plan(options.workload or dataset.WORKLOAD, settings, options.seed or 0, site)
+    _check_folders()
+    if options.dry_run:
+        return _dry_run(plan)
+    before, ranks = data.there_bytes(), plan.kept[0].point.ranks
+    words = f"{len(plan.kept)} piece{'s' if len(plan.kept) > 1 else ''} x {ranks} rank{'s' if ranks > 1 else ''}"
+    print(f"{data.path}: {before / 1e6:.4g} MB of {data.whole_bytes / 1e6:.4g} MB are there; {words} on {site.name}")
+    folder, began = jobs.SweepFolder(JOBS / plan.name), time.monotonic()
+    with folder.lock():
+        scheduler = schedulers.load(site.scheduler)
+        scheduler.cancel(list(drive.live_jobs(folder, scheduler)))  # what they have finished is kept
+        jobs.set_aside(folder)  # the files say what there is, not an earlier run
+        jobs.prepare(plan, JOBS, ["saih", *sys.argv[1:]], None)
+        with live.Filling(data, Console(stderr=True)) as view:
+            drive.run(folder, plan, view)
+    seconds, made = time.monotonic() - began, data.there_bytes() - before
+    print(f"made     {made / 1e6:.4g} MB in {seconds:.3g} s, {made / 1e6 / seconds:.3g} MB/s with the start of the job")
+    failures = folder.failures()
+    print("".join(f"FAILED   {each['reason']}\n" for each in failures), end="")
+    return 1 if failures else 0
 
 
 def _sweep_one(asked: Sweep, site: Site, options: argparse.Namespace) -> int:
@@ -488,6 +521,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweeping.add_argument("--no-probe", action="store_true", help="do not measure missing ceilings first")
     _mixed(sweeping)
+
+    making = _verb(verbs, "generate", generate)
+    making.add_argument("workload", nargs="?", metavar="WORKLOAD", help="what makes it (default: universes)")
+    making.add_argument("--set", action="append", default=[], metavar="NAME=VALUE,...", help="mesh, samples, gpus, ...")
+    making.add_argument("--seed", type=_natural, metavar="N", help="the family of universes (default: 0)")
+    making.add_argument("--site", metavar="NAME|FILE", help="where to make it (default: local)")
+    making.add_argument("--dry-run", action="store_true", help="show pieces and scripts; start nothing")
 
     statuses = _verb(verbs, "status", status)
     statuses.add_argument("sweep", nargs="?", metavar="SWEEP")

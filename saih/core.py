@@ -86,8 +86,9 @@ COMMON = (
     Parameter("steps", 5, "steps", "timed steps at the least", minimum=1),
     Parameter("seconds", 1.0, "s", "go on timing until this much time is measured ...", minimum=0),
     Parameter("max_steps", 50, "steps", "... or this many steps", minimum=1),
+    Parameter("beside", False, "", "time GEMM and conv3d right before and after too: % of what they gave at that time"),
 )
-"""Parameters every workload has: the allocation, and how long a point is measured."""
+"""Parameters every workload has: the allocation, how long a point is measured, and beside what."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,16 @@ class Axis:
     name: str
     unit: str
     rungs: tuple[Rung, ...]
+    usual: tuple[str, ...] = ()
+    """Labels of the rungs that the axis stands for where none are named; none: all of them."""
 
-    def pick(self, labels: Sequence[object], where: str = "") -> Axis:
-        """This axis with only the rungs named, in ladder order; SaihError for a label that does not exist."""
-        wanted = [str(label) for label in labels]
+    def pick(self, labels: Sequence[object] = (), where: str = "") -> Axis:
+        """This axis with only the rungs named, or its usual ones, in ladder order.
+
+        Raises SaihError for a label that does not exist.
+        """
         known = [rung.label for rung in self.rungs]
+        wanted = [str(label) for label in labels or self.usual or known]
         for label in wanted:
             if label not in known:
                 raise unknown(f"rung of axis {self.name}", label, known, where)
@@ -287,11 +293,15 @@ class Check:
     passed: bool
     numbers: Mapping[str, float] = field(default_factory=dict)
     why: str = ""
+    notes: tuple[str, ...] = ()
+    """What was seen on the way that explains the speed, in words; each is printed once, with the cells it holds for."""
 
 
 @dataclass(frozen=True)
 class Claim:
     """What a workload promises, in one line of data: `metric` at `numerator` over `metric` at `denominator`.
+
+    Without a denominator it is about `metric` at `numerator` itself.
 
     The metric is `step_s`, a rate, or `check_<name>` for a number of `Check.numbers`: quality, say, or counted work.
 

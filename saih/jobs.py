@@ -8,7 +8,6 @@ jobs/<sweep>/jobs/<number>/          pack.json, job.sh, submitted.json, log.txt,
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import jinja2
 
 from saih import environment, launchers, schedulers, workload
-from saih.core import FORMAT, Cost, Job, Point, Sweep
+from saih.core import FORMAT, Axis, Cost, Job, Point, Sweep
 from saih.errors import SaihError, unknown
 from saih.files import blamed_on, locked, read_record, write_atomic, write_json
 from saih.plan import Forecast, Plan
@@ -182,7 +181,7 @@ def describe(
         "format": FORMAT,
         "name": plan.name,
         "workload": sweep.workload,
-        "axes": [dataclasses.asdict(axis) | {"rungs": [_rung(rung) for rung in axis.rungs]} for axis in sweep.axes],
+        "axes": [_axis(axis) for axis in sweep.axes],
         "overrides": dict(sweep.overrides),
         "repeat": sweep.repeat,
         "seed": sweep.seed,
@@ -303,8 +302,9 @@ def _planned(item: Forecast) -> dict[str, Any]:
     }
 
 
-def _rung(rung: Any) -> dict[str, Any]:
-    return {"label": rung.label, "params": dict(rung.params), "size": rung.size}
+def _axis(axis: Axis) -> dict[str, Any]:
+    rungs = [{"label": rung.label, "params": dict(rung.params), "size": rung.size} for rung in axis.rungs]
+    return {"name": axis.name, "unit": axis.unit, "rungs": rungs}
 
 
 def _python_path() -> str:

@@ -1,17 +1,65 @@
-"""Live progress of a running sweep, with a finishing time; plain lines where there is no terminal."""
+"""Live progress of a running sweep or of a data set in the making; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
+from saih.dataset import DataSet
 from saih.drive import Progress as Seen
 from saih.plan import Plan
 
 PLAIN_EVERY_S = 10.0
+
+
+class Filling:
+    """Watches a data set being made: bytes of it that are there, and how fast they come."""
+
+    def __init__(self, data: DataSet, console: Console) -> None:
+        self._data, self._console = data, console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(data.path.name, total=data.whole_bytes)
+        self._looked = -math.inf
+
+    def __enter__(self) -> Filling:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: Seen) -> None:
+        every_s = 1.0 if self._console.is_terminal else PLAIN_EVERY_S
+        if time.monotonic() - self._looked < every_s:
+            return
+        self._looked, there = time.monotonic(), self._data.there_bytes()
+        self._bar.update(self._task, completed=there)
+        if not self._console.is_terminal:
+            share = 100 * there / self._data.whole_bytes
+            self._console.print(f"{there / 1e6:.4g} MB of {self._data.whole_bytes / 1e6:.4g} MB, {share:.0f} %")
 
 
 class Live:

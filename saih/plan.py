@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saih import workload
@@ -19,6 +19,8 @@ LAUNCH_S = {"cpu": 1e-4, "cuda": 3e-5}
 """Seconds to dispatch one listed operation and the small ones around it from Python; a planning figure."""
 LAUNCH_OVERHEAD_S = 6.0
 """Seconds to start a launcher and import torch on every rank."""
+BESIDE_S = 1.0
+"""Seconds to time the kernels that a point is compared with, where it asks for them; a planning figure."""
 RESERVED_GIB = 0.5
 """Memory a rank holds before it allocates anything: interpreter, torch, communication buffers."""
 
@@ -100,14 +102,16 @@ def make_plan(
     ceilings: dict[str, float] | None,
     data: Path,
     done: Set[str] = frozenset(),
+    there_bytes: float = 0.0,
 ) -> Plan:
     """Forecast every point and prune: ranks, then memory, disk and job length, then the sweep's time budget.
 
-    Points whose ids are in `done` are measured already: they cost nothing and nothing rules them out.
+    Points whose ids are in `done` are measured already: they cost nothing and nothing rules them out. `there_bytes` of
+    the data they need are on the disk already.
     """
     kept: list[Forecast] = []
     pruned: list[Pruned] = []
-    planner = _Planner(sweep, site, ceilings, _free_bytes(data))
+    planner = _Planner(sweep, site, ceilings, free_bytes(data) + there_bytes)
     for point in sorted(grid, key=lambda each: each.id not in done):  # stable: what is there comes first
         forecast, obstacle = planner.look_at(point, point.id in done)
         if obstacle is None:
@@ -115,12 +119,13 @@ def make_plan(
         else:
             pruned.append(Pruned(forecast, *obstacle))
     if sweep.time_budget_s is not None:
-        spent_s = LAUNCH_OVERHEAD_S * len(pack([item for item in kept if item.point.id not in done], site, Path()))
+        ahead = [item for item in _charged(kept, done) if item.point.id not in done]
+        spent_s = LAUNCH_OVERHEAD_S * len(pack(ahead, site, Path()))
         kept, late = _within_budget(kept, sweep.time_budget_s, spent_s, done)
         pruned += late
     order = {point.id: place for place, point in enumerate(grid)}
     kept.sort(key=lambda item: order[item.point.id])
-    return Plan(sweep, name, site, tuple(kept), tuple(pruned))
+    return Plan(sweep, name, site, tuple(_charged(kept, done)), tuple(pruned))
 
 
 class _Planner:
@@ -133,21 +138,23 @@ class _Planner:
         self.data_sets: set[str] = set()
 
     def look_at(self, point: Point, done: bool) -> tuple[Forecast, tuple[str, str] | None]:
-        """What the point takes, and why it cannot run, with the number, or None."""
+        """What the point takes once its data set is there, and why it cannot run, with the number, or None."""
         try:
             cost, step_s = self._cost(point)
         except SaihError as error:
             return Forecast(point, Cost(0.0, 0.0), 0.0, 0.0), ("invalid", str(error))
-        data_set = cost.data_set or point.id
+        forecast = Forecast(point, cost, step_s, 0.0)
         if done:
-            self.data_sets.add(data_set)
-            return Forecast(point, cost, step_s, 0.0), None
+            self.data_sets.add(_data_set(forecast))
+            return forecast, None
         steps = point.timed_steps(step_s) + int(point.params["warmup"]) + cost.check_steps
-        made = data_set in self.data_sets
-        forecast = Forecast(point, cost, step_s, steps * step_s + (0.0 if made else cost.setup_s))
-        obstacle = _obstacle(forecast, self.site, math.inf if made else self.free_disk)
+        beside_s = BESIDE_S if point.params.get("beside") else 0.0
+        forecast = replace(forecast, point_s=steps * step_s + beside_s)
+        made = _data_set(forecast) in self.data_sets
+        making_s, free = (0.0, math.inf) if made else (cost.setup_s, self.free_disk)
+        obstacle = _obstacle(forecast, making_s, self.site, free)
         if obstacle is None and not made:
-            self.data_sets.add(data_set)
+            self.data_sets.add(_data_set(forecast))
             self.free_disk -= cost.disk_bytes
         return forecast, obstacle
 
@@ -196,7 +203,22 @@ def _job(batch: Sequence[Forecast], folder: Path, number: int, site: Site) -> Jo
     return Job(str(folder / name), name, tuple(item.point for item in batch), nodes, gpus, limit)
 
 
-def _obstacle(item: Forecast, site: Site, free_disk: float) -> tuple[str, str] | None:
+def _data_set(item: Forecast) -> str:
+    return item.cost.data_set or item.point.id
+
+
+def _charged(forecasts: Sequence[Forecast], done: Set[str]) -> list[Forecast]:
+    """The same, where the first point of each data set makes it; those of measured points are there."""
+    made = {_data_set(item) for item in forecasts if item.point.id in done}
+    charged = []
+    for item in forecasts:
+        making_s = 0.0 if _data_set(item) in made else item.cost.setup_s
+        charged.append(replace(item, point_s=item.point_s + making_s))
+        made.add(_data_set(item))
+    return charged
+
+
+def _obstacle(item: Forecast, making_s: float, site: Site, free_disk: float) -> tuple[str, str] | None:
     """Why this point cannot run on the site, with the number, or None."""
     point, cost = item.point, item.cost
     if point.nodes > site.nodes:
@@ -209,7 +231,7 @@ def _obstacle(item: Forecast, site: Site, free_disk: float) -> tuple[str, str] |
         return "memory", f"needs {needed:.1f} GiB a rank; {available:.1f} GiB there"
     if cost.disk_bytes > free_disk:
         return "disk", f"needs {cost.disk_bytes / 1e9:.3g} GB of data; {free_disk / 1e9:.3g} GB free"
-    job_min = (LAUNCH_OVERHEAD_S + item.point_s) / 60
+    job_min = (LAUNCH_OVERHEAD_S + making_s + item.point_s) / 60
     if job_min > site.job_minutes:
         return "time", f"predicted {job_min:.3g} min; the longest job is {site.job_minutes:g} min"
     return None
@@ -218,25 +240,35 @@ def _obstacle(item: Forecast, site: Site, free_disk: float) -> tuple[str, str] |
 def _within_budget(
     kept: Sequence[Forecast], budget_s: float, spent: float, done: Set[str]
 ) -> tuple[list[Forecast], list[Pruned]]:
-    """Keep whole cells (all repeats), cheapest first, until the budget is spent; what is measured stays anyway."""
-    cells: dict[str, float] = {}
+    """Keep whole cells (all repeats), cheapest first, until the budget is spent; what is measured stays anyway.
+
+    A cell's price has its data set in it, which is spent once.
+    """
+    made = {_data_set(item) for item in kept if item.point.id in done}
+    run_s: dict[str, float] = {}
+    making_s: dict[str, dict[str, float]] = {}
     for item in kept:
-        cells[item.point.cell] = cells.get(item.point.cell, 0.0) + item.point_s
+        cell = item.point.cell
+        run_s[cell] = run_s.get(cell, 0.0) + item.point_s
+        making_s.setdefault(cell, {})[_data_set(item)] = 0.0 if _data_set(item) in made else item.cost.setup_s
+    price_s = {cell: run_s[cell] + sum(making_s[cell].values()) for cell in run_s}
     chosen = set()
-    for cell, seconds in sorted(cells.items(), key=lambda pair: pair[1]):
+    for cell in sorted(price_s, key=lambda each: price_s[each]):
+        seconds = run_s[cell] + sum(each for name, each in making_s[cell].items() if name not in made)
         spent += seconds
         if seconds and spent > budget_s:
             break
         chosen.add(cell)
+        made |= making_s[cell].keys()
     late = [
-        Pruned(item, "time", f"predicted {cells[item.point.cell]:.3g} s; past the time budget of {budget_s:g} s")
+        Pruned(item, "time", f"predicted {price_s[item.point.cell]:.3g} s; past the time budget of {budget_s:g} s")
         for item in kept
         if item.point.cell not in chosen and item.point.id not in done
     ]
     return [item for item in kept if item.point.cell in chosen or item.point.id in done], late
 
 
-def _free_bytes(folder: Path) -> float:
+def free_bytes(folder: Path) -> float:
     """Free bytes of the file system `folder` is, or will be, on."""
     existing = folder.absolute()
     while not existing.exists():

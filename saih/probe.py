@@ -12,7 +12,7 @@ from saih.files import read_json, write_json
 from saih.site import Site, cpu_name, find_gpus
 
 WORKLOAD = "ceilings"
-AXES: dict[str, list[bool | int | float | str] | None] = {"kernel": None, "size": None, "precision": None}
+AXES: dict[str, list[bool | int | float | str] | None] = {"kernel": None, "size": None, "precision": ["fp32", "bf16"]}
 SETTINGS = {"seconds": 0.1, "steps": 3, "max_steps": 20}
 REPEAT = 3
 TIME_BUDGET_S = 30.0

@@ -154,6 +154,9 @@ def _collect(folder: SweepFolder, sweep: Mapping[str, Any]) -> tuple[dict[str, p
                 ranks += _rank_rows(len(points), measurement)
                 row |= {"status": "measured", "ranks": int(measurement["ranks"]), "began": str(measurement["began"])}
                 row |= {f"check_{name}": float(value) for name, value in measurement["check"].items()}
+                rates = measurement.get("beside_flop_per_s", {})  # of points that asked for it
+                row |= {f"beside_{name}_flop_per_s": float(rate) for name, rate in rates.items()}
+                row["notes"] = "\n".join(measurement.get("notes", ()))
                 row["environment"] = _intern(dict(measurement["environment"]), environments, distinct)
         elif failure.exists():
             told = read_record(failure, FORMAT, FAILURE_KEYS)
@@ -177,7 +180,7 @@ def _planned_row(sweep: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[s
     point = planned["point"]
     sizes = {axis["name"]: {rung["label"]: rung["size"] for rung in axis["rungs"]} for axis in sweep["axes"]}
     row: dict[str, Any] = {name: point[name] for name in ("id", "cell", "workload", "repeat", "seed")}
-    row |= {"status": "", "kind": "", "reason": "", "log_tail": "", "environment": -1}
+    row |= {"status": "", "kind": "", "reason": "", "log_tail": "", "notes": "", "environment": -1}
     for axis, label in point["labels"].items():
         row |= {f"label_{axis}": label, f"size_{axis}": sizes[axis][label]}
     row |= {f"param_{name}": value for name, value in point["params"].items()}

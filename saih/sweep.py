@@ -33,7 +33,7 @@ class Part(BaseModel):
     workload: str = ""
     axes: dict[str, list[Scalar] | None] = Field(
         default_factory=dict,
-        description="write axes: {data: [32, 64], model: }, a list of rungs for an axis, or nothing for all its rungs",
+        description="write axes: {data: [32, 64], model: }, a list of rungs, or nothing for the usual ones",
     )
     set: dict[str, Scalar] = Field(
         default_factory=dict,
@@ -79,7 +79,7 @@ def grids(study: StudyFile, part: str | None, where: str) -> list[Part]:
 
 
 def parse_axes(words: Sequence[str]) -> dict[str, list[Scalar] | None]:
-    """`--axis data,model --axis gpus=1,2` -> axis name -> rung labels, None for the whole ladder."""
+    """`--axis data,model --axis gpus=1,2` -> axis name -> rung labels, None for its usual rungs."""
     axes: dict[str, list[Scalar] | None] = {}
     for word in words:
         name: str | None = None
@@ -141,9 +141,9 @@ def make_sweep(
     chosen = []
     for axis, labels in axes.items():
         if labels is not None and not labels:
-            raise SaihError(f"{place}axis {axis} has no rungs; name some, or nothing for the whole ladder")
+            raise SaihError(f"{place}axis {axis} has no rungs; name some, or nothing for its usual ones")
         if axis in ladders:
-            chosen.append(ladders[axis].pick(labels, where) if labels else ladders[axis])
+            chosen.append(ladders[axis].pick(labels or (), where))
         elif axis in known:
             chosen.append(axis_of(known[axis], labels or (), where))
         else:

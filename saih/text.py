@@ -65,6 +65,8 @@ def workload_lines(told: Mapping[str, Any], site: str) -> list[str]:
     for axis in told["axes"]:
         lines += ["", f"axis {axis['name']}" + (f" ({axis['unit']})" if axis["unit"] else "")]
         lines += [f"  {rung['label']:>8}  {_rung_cost(rung, site)}" for rung in axis["rungs"]]
+        if len(axis["usual"]) < len(axis["rungs"]):
+            lines.append(f"  --axis {axis['name']} alone means {', '.join(axis['usual'])}; any others by name")
     lines += ["", "parameters (each is an axis too: --axis NAME=A,B)"]
     for parameter in told["parameters"]:
         choices = f" ({', '.join(map(str, parameter['choices']))})" if parameter["choices"] else ""

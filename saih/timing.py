@@ -19,7 +19,8 @@ class StepClock:
     """
 
     def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
+        self.kind = "cuda" if device.startswith("cuda") else "cpu"
+        self._cuda = self.kind == "cuda"
         self._marks: list[tuple[int, Any]] = []
 
     def enter(self, phase: str) -> None:

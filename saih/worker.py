@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +34,12 @@ from saih.errors import SaihError
 from saih.files import blamed_on, digest, read_record, write_atomic, write_json, write_json_once
 from saih.timing import Samples, StepClock, run_steps
 
+BESIDE_SIZE = {"cpu": {"gemm": 1024, "conv3d": 2048}, "cuda": {"gemm": 8192, "conv3d": 8192}}
+"""Kernels of the workload `ceilings` that are timed beside a point that asks for it.
+
+Large enough for what a kernel sustains, small enough to take some hundredths of a second.
+"""
+BESIDE_STEPS = 3
 HOST_BYTES = 64
 PR_SET_PDEATHSIG = 1
 MEETING = datetime.timedelta(minutes=5)
@@ -126,12 +132,15 @@ class Launch:
             ready_s = time.perf_counter()
             check = self._unanimous(bench.check())
             checked_s = time.perf_counter()
+            ceilings = self._ceilings(point) if point.params.get("beside") else None
+            before = ceilings.time() if ceilings else {}
             warm = run_steps(bench, clock, int(point.params["warmup"]), self._line_up)
             steps = self._agree_on_steps(point, warm)
             _reset_peak_memory(self.device)
             io_before = _io_counters()
             timed = run_steps(bench, clock, steps, self._line_up)
             io_after = _io_counters()
+            after = ceilings.time() if ceilings else {}
         finally:
             bench.close()
         per_rank = {
@@ -145,9 +154,13 @@ class Launch:
         arrays = {name: self._gather(array) for name, array in _arrays(warm, timed).items()}
         ranks = dict(zip(per_rank, self._gather(np.array(list(per_rank.values()))).T.tolist(), strict=True))
         hosts = [bytes(row).rstrip(b"\0").decode() for row in self._gather(_host_name()).astype(np.uint8)]
+        beside = {name: float(self._gather(np.array([*before[name], *after[name]])).mean()) for name in before}
         if self.place.rank == 0:
-            _store(folder, point, began, check, arrays, _without_nan(ranks), hosts, self.environment)
+            _store(folder, point, began, check, arrays, _without_nan(ranks), hosts, beside, self.environment)
             self._tell("measured", point)
+
+    def _ceilings(self, point: Point) -> Beside:
+        return Beside(str(point.params.get("precision", "fp32")), self.device, self._line_up)
 
     def _unanimous(self, check: Check) -> Check:
         """A check passes when it passes on every rank."""
@@ -197,6 +210,31 @@ class Launch:
             _append_event(self.pack.folder, event, point)
 
 
+class Beside:
+    """The kernels that a point is compared with, timed when it is timed: a processor's clock moves by the minute."""
+
+    def __init__(self, precision: str, device: str, line_up: Callable[[], None]) -> None:
+        self.line_up, self.clock = line_up, StepClock(device)
+        family = workload.spec("ceilings")
+        params = {name: parameter.default for name, parameter in workload.parameters(family).items()}
+        params["precision"] = precision
+        context = Context(Place(0, 0, 1), device, "")
+        points = {
+            name: Point("ceilings", params | {"kernel": name, "size": size})
+            for name, size in BESIDE_SIZE[self.clock.kind].items()
+        }
+        self.kernels = {name: workload.bench("ceilings").setup(each, context) for name, each in points.items()}
+
+    def time(self) -> dict[str, list[float]]:
+        """FLOP/s of each kernel in each of a few calls, after one that does not count."""
+        rates = {}
+        for name, kernel in self.kernels.items():
+            samples = run_steps(kernel, self.clock, BESIDE_STEPS + 1, self.line_up)
+            timed = list(zip(samples.work, samples.phase_s, strict=True))[1:]
+            rates[name] = [work.flop / sum(phases) for work, phases in timed]
+        return rates
+
+
 def _arrays(warm: Samples, timed: Samples) -> dict[str, np.ndarray]:
     """Raw samples of one rank as float64 arrays; the first dimension counts steps."""
     return {
@@ -216,6 +254,7 @@ def _store(
     arrays: dict[str, np.ndarray],
     per_rank: dict[str, list[float | None]],
     hosts: list[str],
+    beside_flop_per_s: dict[str, float],
     seen: dict[str, Any],
 ) -> None:
     """Samples first, the measurement that vouches for them last: a crash in between leaves the point not done."""
@@ -228,6 +267,8 @@ def _store(
         "began": began,
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "check": dict(check.numbers),
+        "notes": list(check.notes),
+        "beside_flop_per_s": beside_flop_per_s,
         "ranks": len(hosts),
         "hosts": hosts,
         "per_rank": per_rank,

@@ -36,6 +36,22 @@ class Spec(Protocol):
         """Analytic cost of one step; raises SaihError for a combination that makes no sense."""
 
 
+class Maker(Protocol):
+    """What spec.py defines besides where the workload makes a data set by itself, in pieces: see `saih generate`.
+
+    It has the parameters `pieces` and `piece`, and its step makes what is missing of a piece below the data folder.
+    """
+
+    GENERATE: Params
+    """Settings that make a data set."""
+
+    def data_folder(self, params: Params, seed: int) -> str:
+        """Folder of the data set below the site's data folder."""
+
+    def there_bytes(self, params: Params, seed: int, root: Path) -> float:
+        """How many of its bytes are there below the site's data folder `root`."""
+
+
 class BenchModule(Protocol):
     """What bench.py must define. It is imported only inside a job."""
 
@@ -59,6 +75,19 @@ def spec(name: str) -> Spec:
     if missing:
         raise SaihError(f"workload {name}: {module.__file__} must define {', '.join(missing)}")
     return cast(Spec, module)
+
+
+def maker(name: str) -> Maker:
+    """The spec of a workload that makes a data set by itself; SaihError with those that do."""
+    found = spec(name)
+    if not _makes_data(found):
+        able = [each for each in packages() if _makes_data(_module(each, "spec"))]
+        raise SaihError(f"workload {name} makes no data set by itself; those that do: {', '.join(able)}")
+    return cast(Maker, found)
+
+
+def _makes_data(module: object) -> bool:
+    return hasattr(module, "GENERATE") and hasattr(module, "data_folder")
 
 
 def bench(name: str) -> BenchModule:

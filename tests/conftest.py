@@ -49,11 +49,22 @@ def package(name: str, whole_module: bool = False) -> ModuleType:
 
 
 @pytest.fixture
-def horovod() -> None:
-    if importlib.util.find_spec("horovod") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("Horovod is not installed, and CI must not skip this test: make horovod")
-        pytest.skip("Horovod is not installed: make horovod")
+def require_package() -> Callable[[str, str], None]:
+    """`require_package("horovod", "make horovod")` skips the test where the package is missing, or fails if CI=true."""
+
+    def find(package: str, remedy: str) -> None:
+        missing = importlib.util.find_spec(package) is None
+        if missing and os.environ.get("CI") == "true":
+            pytest.fail(f"{package} is not installed, and CI must not skip this test: {remedy}")
+        if missing:
+            pytest.skip(f"{package} is not installed: {remedy}")
+
+    return find
+
+
+@pytest.fixture
+def horovod(require_package: Callable[[str, str], None]) -> None:
+    require_package("horovod", "make horovod")
 
 
 @pytest.fixture(scope="module")

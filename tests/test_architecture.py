@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saih.launchers", "saih.workload", "saih.timing", "saih.environment", "saih.yamlfile", "saih.schedulers"),
     ("saih.site", "saih.sweep", "saih.mpi"),
     ("saih.analysis", "saih.plan"),
-    ("saih.catalogue", "saih.probe", "saih.discover"),
+    ("saih.catalogue", "saih.dataset", "saih.probe", "saih.discover"),
     ("saih.jobs",),
     ("saih.drive", "saih.store"),
     ("saih.check",),

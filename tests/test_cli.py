@@ -15,7 +15,7 @@ import pytest
 from saih import __version__, cli, discover, site, store
 from tests.synthetic import Scenario, make
 
-VERBS = ("list", "sweep", "status", "resume", "cancel", "gather", "claims", "report", "probe", "site")
+VERBS = ("list", "generate", "sweep", "status", "resume", "cancel", "gather", "claims", "report", "probe", "site")
 SITE = """\
 device: cpu
 device_name: Z80
@@ -327,7 +327,7 @@ def test_a_dry_run_lists_everything_and_measures_nothing(workplace: Path, capsys
     words = ["sweep", "--axis=data,model", "--site=small", "--dry-run"]
     text = said(capsys, *words)
     lines = text.splitlines()
-    cells = {(data, model) for data in (16, 32, 64, 128, 256, 512) for model in (4, 8, 16, 32, 64)}
+    cells = {(data, model) for data in (16, 32, 64, 128, 256, 512) for model in (2, 4, 8, 16, 32, 64)}
     kept = {tuple(map(int, cell)) for cell in re.findall(r"^  data=(\d+) model=w(\d+) .*a step$", text, re.MULTILINE)}
     pruned = re.findall(r"^  pruned data=(\d+) model=w(\d+) +(memory|time|disk): (.+)$", text, re.MULTILINE)
     assert kept | {(int(data), int(model)) for data, model, *_ in pruned} == cells
@@ -355,12 +355,15 @@ def test_list_tells_what_each_rung_costs(capsys: pytest.CaptureFixture[str]) -> 
     cosmoflow = told["cosmoflow"]
     assert [axis["name"] for axis in cosmoflow["axes"]] == ["data", "model"]
     rung = next(rung for rung in cosmoflow["axes"][1]["rungs"] if rung["label"] == "w32")
-    assert rung["params"] == {"width": 32}
+    assert rung["params"] == {"family": "cosmoflow", "width": 32, "depth": 1}
+    assert "vit-h" in {rung["label"] for rung in cosmoflow["axes"][1]["rungs"]} - set(cosmoflow["axes"][1]["usual"])
     assert rung["flop"] > 0
     assert rung["step_s"] > 0
     assert {"nodes", "gpus", "batch", "precision"} <= {each["name"] for each in cosmoflow["parameters"]}
     assert [one["name"] for one in json.loads(said(capsys, "list", "ceilings", "--json"))] == ["ceilings"]
     text = said(capsys, "list", "cosmoflow", "--site=small")
+    assert "--axis model alone means w2, w4, w8, w16, w32, w64; any others by name" in text
+    assert "--axis data alone" not in text
     assert re.search(r"^ +w32 +.* parameters, .*FLOP a step, .* predicted .* on site small$", text, re.MULTILINE)
 
 

@@ -131,6 +131,13 @@ def test_pick_keeps_the_order_of_the_ladder() -> None:
     assert picked.rungs[1] is LADDER.rungs[2]
 
 
+def test_an_axis_alone_means_its_usual_rungs_and_any_other_has_a_name() -> None:
+    ladder = Axis("data", "voxels", LADDER.rungs, usual=("32", "16"))
+    assert [rung.label for rung in ladder.pick().rungs] == ["16", "32"]
+    assert [rung.label for rung in ladder.pick(["64", "16"]).rungs] == ["16", "64"]
+    assert LADDER.pick() == LADDER
+
+
 def test_pick_names_the_rungs_there_are() -> None:
     with pytest.raises(SaihError, match=r"^s\.yaml: unknown rung of axis data '33'; .*valid: 16, 32, 64$"):
         LADDER.pick([16, 33], "s.yaml")

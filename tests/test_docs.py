@@ -24,6 +24,7 @@ PAGES = [
         "CONTRIBUTING.md",
         "workloads/README.md",
         "workloads/llm/README.md",
+        "workloads/cosmology/README.md",
         "workloads/llm/energonai/README.md",
         "workloads/llm/generation/README.md",
         "workloads/video/README.md",

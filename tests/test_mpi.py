@@ -14,12 +14,20 @@ import pytest
 
 from saih import launchers, store
 from saih.core import COMMON, Job, Place, Point
-from workloads.cosmology.dataset import Recipe
+from workloads.cosmology.recipe import Recipe
+from workloads.cosmology.storages import DEFAULT_STORAGE
 
 ROOT = Path(__file__).parent.parent
 TOYS = ROOT / "tests" / "toys"
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-GENERATE = [sys.executable, "-m", "workloads.cosmology.generate"]
+SHARD_OF_ONE = """
+import sys
+from workloads.cosmology import generate, storages
+
+storages.SHARD_BYTES = 1
+sys.exit(generate.main(sys.argv[1:]))
+"""
+GENERATE = [sys.executable, "-c", SHARD_OF_ONE]
 
 
 def mpiexec(of_open_mpi: bool = False) -> str:
@@ -51,13 +59,13 @@ def test_two_ranks_make_the_bytes_that_one_makes(tmp_path: Path) -> None:
     assert "5 made by 2 ranks" in both.stdout
     assert "5 made by 1 rank" in alone.stdout
     assert digests(tmp_path / "both") == digests(tmp_path / "alone")
-    assert len(digests(tmp_path / "both")) == 5
+    assert len(digests(tmp_path / "both")) == 5 * 2  # shards and their manifests
 
 
 def test_each_rank_makes_its_own_universes_once(tmp_path: Path) -> None:
     command = [mpiexec(), "-n", "2", *GENERATE, "data", "--mesh", "8", "--samples", "4"]
     run(command, tmp_path)
-    first = tmp_path / "data" / Recipe(8, 4, 0, 4).folder_name / "universe-000001.npy"
+    first = tmp_path / "data" / Recipe(8, 4, 0, 4).folder_name(DEFAULT_STORAGE) / "shard-000001.json"
     first.unlink()
     assert "1 made by 2 ranks" in run(command, tmp_path).stdout
 

@@ -266,8 +266,23 @@ def test_a_data_set_is_made_once_and_paid_once() -> None:
     assert [item.point_s for item in toy_plan(grid, make_site(), done={grid[2].id}).kept] == [0.0] * 4
 
 
+def test_who_makes_a_data_set_does_not_change_the_price_of_a_cell() -> None:
+    """Cells 0 and 1 share a data set of 100 s. The dear one comes first in the grid, and would make it."""
+    grid = [
+        make_point(0, setup_s=100.0, data_set="large", flop=30e9),
+        make_point(1, setup_s=100.0, data_set="large", flop=10e9),
+        make_point(2, setup_s=1.0, data_set="small", flop=50e9),
+    ]
+    kept = {
+        budget_s: {item.point.labels["number"]: item.point_s for item in toy_plan(grid, make_site(), budget_s).kept}
+        for budget_s in (56.0, 166.0, 168.0, 196.0, 198.0)
+    }
+    both = {"1": 110.0, "2": 51.0}
+    assert kept == {56.0: {}, 166.0: {"2": 51.0}, 168.0: both, 196.0: both, 198.0: {"0": 130.0, "1": 10.0, "2": 51.0}}
+
+
 def test_data_sets_add_up_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_free_bytes", lambda folder: 25e9)
+    monkeypatch.setattr(planning, "free_bytes", lambda folder: 25e9)
     grid = [make_point(n, 0, data_set=f"set {n // 2}", disk_bytes=10e9) for n in range(6)]
     plan = toy_plan(grid, make_site())
     assert [item.point.labels["number"] for item in plan.kept] == ["0", "1", "2", "3"]

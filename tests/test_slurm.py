@@ -19,6 +19,9 @@ from saih.files import read_json
 from saih.schedulers import State, expand, slurm
 from tests.cluster.slurm import Cluster, cluster, is_alive
 from tests.commands import Commands
+from workloads.cosmology.dataset import generate, missing
+from workloads.cosmology.recipe import Recipe
+from workloads.cosmology.storages import DEFAULT_STORAGE
 
 ROOT = Path(__file__).parent.parent
 TOYS = ROOT / "tests" / "toys"
@@ -155,6 +158,25 @@ def test_one_rank_that_fails_ends_the_others_where_they_are(login: LoginNode) ->
     output, _ = driver.communicate(timeout=100)
     assert driver.returncode == 1, output
     assert list(store.load(login.results())["reason"]) == ["ValueError: this point is <b>broken</b>"]
+
+
+def test_a_data_set_made_by_ranks_on_two_nodes_is_that_of_one_process(login: LoginNode, tmp_path: Path) -> None:
+    recipe = Recipe(mesh=128, channels=4, seed=0, samples=4)
+    words = ["generate", "--set", "mesh=128,samples=4,nodes=2,gpus=1", "--site=srun"]
+    assert "0 MB of 67.11 MB are there; 1 piece x 2 ranks on srun" in login.saih(*words)
+    generate(tmp_path / "alone", recipe)
+    alone, made = (root / recipe.folder_name(DEFAULT_STORAGE) for root in (tmp_path / "alone", login.folder / "data"))
+    names = sorted(path.name for path in alone.iterdir())
+    assert [path.name for path in sorted(made.iterdir())] == names
+    assert len(names) == 4, "two shards, a manifest each"
+    assert all((alone / name).read_bytes() == (made / name).read_bytes() for name in names)
+    assert "made     0 MB" in login.saih(*words), "what is there stays"
+
+
+def test_ranks_on_two_nodes_share_a_universe(login: LoginNode) -> None:
+    recipe = Recipe(mesh=32, channels=4, seed=0, samples=2)
+    login.saih("generate", "--set", "mesh=32,samples=2,spread=slabs,nodes=2,gpus=2", "--site=srun")
+    assert missing(login.folder / "data", recipe) == []
 
 
 def test_a_batch_script_is_no_rank(slurm_cluster: Cluster, tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ from saih.core import PHASES
 RATES = (
     *("flop_per_s", "bytes_per_s", "work_per_s", "work_per_s_per_rank"),
     *("percent_of_peak", "percent_of_datasheet", "percent_of_copy"),
+    *("percent_of_gemm", "percent_of_conv3d"),
 )
+BESIDE = {"percent_of_gemm": "beside_gemm_flop_per_s", "percent_of_conv3d": "beside_conv3d_flop_per_s"}
+"""Rates of kernels that were timed right before and after each point, where the sweep asked for it."""
 
 
 def labels_of(points: pd.DataFrame) -> list[str]:
@@ -41,7 +44,7 @@ def per_point(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any
     grouped = steps.groupby("point", sort=False)
     table = grouped[["step_s", "units", "flop", "moved_bytes"]].median()
     checked = [name for name in points.columns if name.startswith("check_")]
-    columns = ["cell", "repeat", "ranks", *(f"label_{axis}" for axis in labels_of(points)), *checked]
+    columns = ["cell", "repeat", "ranks", *BESIDE.values(), *(f"label_{axis}" for axis in labels_of(points)), *checked]
     table = table.join(points.reindex(columns=columns))  # no point has ranks where none was measured
     return _with_rates(table.join(_precision(points)), sweep)
 
@@ -58,6 +61,8 @@ def per_cell(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]
     shares = {f"share_{phase}": sums[f"{phase}_s"] / sums["step_s"] for phase in PHASES}
     work = steps.groupby("cell", sort=False)[["units", "flop", "moved_bytes"]].median()
     count = steps.groupby("cell", sort=False).size().rename("steps")
+    beside = points.reindex(columns=["cell", *BESIDE.values()]).groupby("cell", sort=False).median()
+    table = table.drop(columns=[*BESIDE.values()], errors="ignore").join(beside)
     table = table.join(found).join(work).join(count).join(pd.DataFrame(shares))
     return _with_rates(table, sweep)
 
@@ -95,6 +100,7 @@ def _with_rates(table: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
         percent_of_peak=(100 * per_rank / measured).where(computes),
         percent_of_datasheet=(100 * per_rank / sheet).where(computes),
         percent_of_copy=(100 * bytes_per_s / table["ranks"] / copy_rate(sweep)).where(moves),
+        **{name: (100 * per_rank / table[rate]).where(computes) for name, rate in BESIDE.items()},
     )
 
 

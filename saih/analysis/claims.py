@@ -18,8 +18,9 @@ ENDS = ("first", "last")
 def evaluate(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> dict[str, Any]:
     """One claim as plain data. `points` is the flat table, `measured` is `per_point` of it.
 
-    The ratio is taken repeat by repeat between cells that differ in nothing else, as a geometric mean over such pairs;
-    the interval is Student's t over the repeats' logarithms. Of several pairs, `series` has each by itself.
+    A claim without a denominator is about the metric itself. Else the ratio is taken repeat by repeat between cells
+    that differ in nothing else, as a geometric mean over such pairs. The interval is Student's t over the logarithms
+    of the repeats. Of several pairs, `series` has each by itself.
     """
     told: dict[str, Any] = {
         "name": claim.name,
@@ -94,18 +95,18 @@ def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.Dat
         return f"no measured point has {claim.metric}; run saih probe for a measured peak"
     chosen = _select(usable, points, where, fewest_rungs=1)
     top = _select(chosen, points, claim.numerator, fewest_rungs=2)
-    bottom = _select(chosen, points, claim.denominator, fewest_rungs=2)
     rest = [f"label_{axis}" for axis in axes if axis not in claim.numerator]
     columns = [*rest, "repeat", claim.metric]
     top = top[columns].assign(predicted=_prediction(points, top, claim.metric))
+    if not claim.denominator:
+        if top.empty:
+            return f"no measured point at {_words(claim.numerator)}"
+        return _in_every_repeat(top.assign(ratio=top[claim.metric], predicted=np.nan), rest)
+    bottom = _select(chosen, points, claim.denominator, fewest_rungs=2)
     bottom = bottom[columns].assign(predicted=_prediction(points, bottom, claim.metric))
     pairs = top.merge(bottom, on=[*rest, "repeat"], suffixes=("_top", "_bottom"))
     if pairs.empty:
-        wanted = [
-            ", ".join(f"{axis}={label}" for axis, label in side.items())
-            for side in (claim.numerator, claim.denominator)
-        ]
-        return f"no measured pair of {wanted[0]} and {wanted[1]}"
+        return f"no measured pair of {_words(claim.numerator)} and {_words(claim.denominator)}"
     ratio = pairs[f"{claim.metric}_top"] / pairs[f"{claim.metric}_bottom"]
     predicted = pairs["predicted_top"] / pairs["predicted_bottom"]
     kept = _in_every_repeat(pairs.assign(ratio=ratio, predicted=predicted), rest)
@@ -114,6 +115,10 @@ def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.Dat
     if set(claim.numerator.values()) == {"last"} and (kept["ratio"] == 1).all():
         return f"only one rung of {', '.join(claim.numerator)} is measured"
     return kept[[*rest, "repeat", "ratio", "predicted"]]
+
+
+def _words(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{axis}={label}" for axis, label in labels.items())
 
 
 def _in_every_repeat(pairs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from saih.analysis import numbers
 from saih.analysis.ceilings import find_ceilings
-from saih.analysis.cells import copy_rate, memory_bound, peaks
+from saih.analysis.cells import BESIDE, copy_rate, memory_bound, peaks
 from saih.probe import WORKLOAD as CEILINGS
 from saih.report.results import PERCENTAGES, Results
 from saih.report.tables import counts
@@ -53,6 +53,8 @@ class Summary:
     denominators: list[str]
     """What 100 % is, and where the figure comes from."""
     caveats: list[str]
+    diagnoses: list[str]
+    """What was seen that explains the speed, with the cells it holds for."""
     counts: dict[str, int]
     repeats_failed: int
     """Failed points of cells that other repeats did measure."""
@@ -68,6 +70,7 @@ def summarize(results: Results) -> Summary:
         _ceilings(results) if probing else _allocations(results),
         [] if probing else _denominators(results),
         [] if probing else _caveats(results),
+        _diagnoses(results),
         counts(results),
         _repeats_failed(results),
     )
@@ -83,6 +86,7 @@ def plain(summary: Summary) -> str:
     ends = first.ranges[0]
     if ends.lowest != ends.highest:
         lines.append(f"lowest at {ends.lowest}, highest at {ends.highest}")
+    lines += [f"diagnosis: {each}" for each in summary.diagnoses]
     return "\n".join(lines)
 
 
@@ -148,12 +152,25 @@ def _allocations(results: Results) -> list[Allocation]:
 def _ranges(results: Results, cells: pd.DataFrame) -> list[Range]:
     """% against each denominator that is known anywhere; else the work per second."""
     columns = {column: f"of {name}" for column, name in results.denominators.items() if _is_known(results, column)}
+    columns |= {
+        name: f"of {name.removeprefix('percent_of_')} timed beside" for name in BESIDE if _is_known(results, name)
+    }
     columns = columns or {"work_per_s": f"{results.work_unit}/s"}
     found = [_range(results, cells, column, of) for column, of in columns.items() if cells[column].notna().any()]
     bound = cells[memory_bound(cells)]
     if not bound.empty:
         found.append(_range(results, bound, "percent_of_copy", "of memory copy where memory is the tighter bound"))
     return found
+
+
+def _diagnoses(results: Results) -> list[str]:
+    """Each note that checks left, once, after the cells it holds for."""
+    cells: dict[str, list[str]] = {}
+    noted = results.measured[results.measured.get("notes", pd.Series("", index=results.measured.index)) != ""]
+    for _, cell in noted.iterrows():
+        for note in cell["notes"].splitlines():
+            cells.setdefault(note, []).append(results.labels(cell))
+    return [f"{'; '.join(labels)}: {note}" for note, labels in cells.items()]
 
 
 def _is_known(results: Results, column: str) -> bool:

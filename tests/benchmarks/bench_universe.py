@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from workloads.cosmology.dataset import Recipe, generate, make_universe
+from workloads.cosmology.dataset import generate, make_universe
+from workloads.cosmology.recipe import Recipe
 
 PROCESSES = 2
 REPEATS = 7

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from saih.core import Check, Clock, Context, Point, Work
+from saih.errors import SaihError
 from workloads.ceilings import spec
 from workloads.ceilings.collectives import all_reduce
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2, "fp16": 4e-3}
 """Largest |result - float64| / |float64|, as norms over what is compared."""
 COMPARED = 64
 
@@ -33,7 +34,12 @@ class Kernel(Protocol):
 def setup(point: Point, context: Context) -> Ceiling:
     """Random operands on the device: zeros can run faster than real data."""
     generator = torch.Generator().manual_seed(point.seed)
-    dtype = DTYPES[str(point.params["precision"])]
+    precision = str(point.params["precision"])
+    if precision == "tf32":
+        if not context.device.startswith("cuda"):
+            raise SaihError("precision=tf32 needs a GPU; fp32, bf16 and fp16 run anywhere")
+        torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    dtype = DTYPES[precision]
 
     def operand(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(context.device, dtype)
@@ -73,7 +79,8 @@ class Ceiling:
         return self.work
 
     def close(self) -> None:
-        """Nothing is held outside this object."""
+        """fp32 means fp32 again."""
+        torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 class Gemm:

@@ -28,7 +28,9 @@ PARAMETERS = (
         "allreduce: torch's NCCL on GPUs and gloo on CPUs, or MPI (host memory) under an MPI launcher",
         choices=("torch", "mpi"),
     ),
-    Parameter("precision", "fp32", "", "type of the numbers", choices=("fp32", "bf16")),
+    Parameter(
+        "precision", "fp32", "", "type of the numbers; tf32 needs a GPU", choices=("fp32", "tf32", "bf16", "fp16")
+    ),
 )
 
 MESSAGES = {"8": 8, "1Ki": 2**10, "64Ki": 2**16, "1Mi": 2**20, "4Mi": 2**22, "16Mi": 2**24, "64Mi": 2**26}
@@ -58,7 +60,7 @@ def channels(params: Params) -> int:
 
 def cost(params: Params) -> Cost:
     """One call. Raises SaihError for an all-reduce on one rank, and for numbers that MPI has no type for."""
-    n, word = int(params["size"]), 2 if params["precision"] == "bf16" else 4
+    n, word = int(params["size"]), 2 if params["precision"] in ("bf16", "fp16") else 4
     if params["kernel"] == "allreduce":
         if int(params["nodes"]) * int(params["gpus"]) == 1:
             raise SaihError("an all-reduce wants several ranks: --set gpus=2")

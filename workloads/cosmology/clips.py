@@ -21,6 +21,7 @@ from torch import Tensor
 from saih.files import write_atomic
 from workloads.cosmology import power, universe
 from workloads.cosmology.dataset import noise_seed
+from workloads.cosmology.mesh import Mesh
 
 FRAMES = 8
 MESH = 24
@@ -64,13 +65,14 @@ def make_clip(seed: int, index: int) -> Clip:
     generator = torch.Generator().manual_seed(noise_seed(seed, index))
     words = _words(cosmology, generator)
     box_mpc_h = BOX_MPC_H[words["scale"]]
-    modes_k = universe.linear_modes(partial(power.linear_power, cosmology), MESH, box_mpc_h, generator)
-    psi = universe.displacements(modes_k + torch.fft.rfftn(_planted(words["structure"])))
+    mesh = Mesh(MESH)
+    modes_k = universe.linear_modes(partial(power.linear_power, cosmology), mesh, box_mpc_h, noise_seed(seed, index))
+    psi = universe.displacements(mesh, modes_k + mesh.forward(_planted(words["structure"])))
     epochs = np.linspace(*SCALE_FACTORS[words["epoch"]], FRAMES)
     first = MESH // 2 - SLAB_VOXELS[words["slab"]] // 2
     slab = slice(first, first + SLAB_VOXELS[words["slab"]])
     frames = [
-        universe.paint_cic(psi, d1, d2)[..., slab].mean(-1)
+        universe.paint_cic(mesh, psi, d1, d2)[..., slab].mean(-1)
         for d1, d2 in zip(*(growth.tolist() for growth in power.growth(cosmology, 1 / epochs - 1)), strict=True)
     ]
     return Clip(_pixels(torch.stack(frames)), " ".join(words.values()))

@@ -1,225 +1,141 @@
-"""A folder of universes, one .npy file each: made in parallel, read with plain read() calls.
+"""A folder of universes in shards: made in parallel, read by any number of threads.
 
-Reading needs torch, numpy and the standard library. Making universes needs colossus as well.
+Reading needs torch, numpy and the standard library (compressed HDF5: h5py). Making universes needs colossus as well,
+and h5py for HDF5.
 """
 
 import hashlib
-import os
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from io import FileIO
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from workloads.cosmology import power, universe
+from workloads.cosmology.mesh import Mesh
+from workloads.cosmology.recipe import GENERATOR_VERSION, REDSHIFTS, Recipe, shard_name
+from workloads.cosmology.shards import Made, Manifest, write_shard
+from workloads.cosmology.storages import DEFAULT_STORAGE
+from workloads.cosmology.volumes import Volumes, Voxels
 
-Voxels = NDArray[np.int16]
-
-REDSHIFTS = (0.0, 0.5, 1.5, 3.0)
-"""Redshift of each channel, in order. MLPerf HPC CosmoFlow has four snapshots too; these values are our own choice."""
-
-VOXEL_MPC_H = 4.0
-"""Side of a voxel where a recipe does not give its box, so the box grows with the mesh."""
-
-_GENERATOR_VERSION = 1  # part of the folder's name: raise it when the same recipe comes to give other bytes
-_DTYPE = np.dtype("<i2")
+Make = Callable[[Recipe, int, torch.device | str], Tensor]
+"""Makes a universe, given a recipe and the universe's number: int16 [mesh, mesh, mesh, channels]."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides the bytes of a dataset.
-
-    Attributes:
-        mesh: voxels along one side of a universe.
-        channels: how many of `REDSHIFTS` each universe holds, from the first on.
-        seed: the family of universes. Training and validation take different seeds.
-        samples: number of universes.
-        box_mpc_h: side of a universe in Mpc/h; 0, the default, becomes `VOXEL_MPC_H` a voxel.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-
-    mesh: int
-    channels: int
-    seed: int
-    samples: int
-    box_mpc_h: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.mesh < 2 or self.samples < 1 or self.box_mpc_h < 0:
-            raise ValueError(f"a recipe needs mesh >= 2, samples >= 1, box_mpc_h >= 0: {self}")
-        if not 1 <= self.channels <= len(REDSHIFTS):
-            raise ValueError(f"channels must be 1 to {len(REDSHIFTS)}, one for each of z = {REDSHIFTS}: {self}")
-        if self.box_mpc_h == 0:
-            object.__setattr__(self, "box_mpc_h", VOXEL_MPC_H * self.mesh)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Shape of one universe: x, y, z, channel."""
-        return (self.mesh, self.mesh, self.mesh, self.channels)
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of one universe's voxels; its file is a header of 128 bytes longer."""
-        return self.mesh**3 * self.channels * _DTYPE.itemsize
-
-    @property
-    def dataset_bytes(self) -> int:
-        """Bytes of all universes' voxels."""
-        return self.samples * self.sample_bytes
-
-    @property
-    def folder_name(self) -> str:
-        """Name of the dataset's folder; without `samples`, so a larger dataset takes over a smaller one's universes."""
-        return (
-            f"universes-v{_GENERATOR_VERSION}-mesh{self.mesh}-channels{self.channels}"
-            f"-box{self.box_mpc_h:g}-seed{self.seed}"
-        )
-
-
-def generate(root: Path, recipe: Recipe, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> int:
-    """Make the universes that are missing among this rank's share (index % world == rank); return how many.
-
-    The bytes do not depend on `rank` and `world`. They may on the processor, the version of torch and, in the order
-    of a sum, on a GPU. A killed process leaves at most a temporary file; several ranks making one universe do no harm.
-    On CPU, ranks of one thread each are the fastest and least disturbed by other work on the machine.
-
-    Raises:
-        ImportError: colossus is not installed.
-        ValueError: `rank` is not within `world`.
-    """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank must be 0 to {world - 1}, not {rank}")
-    folder = root / recipe.folder_name
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [index for index in range(rank, recipe.samples, world) if not _path(folder, index).exists()]
-    for index in missing:
-        _write(_path(folder, index), make_universe(recipe, index, device).cpu().numpy())
-    return len(missing)
-
-
-def make_universe(recipe: Recipe, index: int, device: torch.device | str = "cpu") -> Tensor:
-    """Universe number `index` of a recipe: int16 [mesh, mesh, mesh, channels].
+def make_universe(recipe: Recipe, index: int, device: torch.device | str = "cpu", spread: bool = False) -> Tensor:
+    """Universe number `index` of a recipe: int16 [mesh, mesh, mesh, channels], or a rank's slab if it is `spread`.
 
     Raises:
         ImportError: colossus is not installed.
     """
-    cosmology = power.draw(recipe.seed, index)
     return universe.grow(
-        partial(power.linear_power, cosmology),
-        power.growth(cosmology, np.array(REDSHIFTS[: recipe.channels])),
-        recipe.mesh,
+        power.draw(recipe.seed, index),
+        REDSHIFTS[: recipe.channels],
+        Mesh(recipe.mesh, device, spread=spread),
         recipe.box_mpc_h,
-        torch.Generator().manual_seed(noise_seed(recipe.seed, index)),
-        device,
+        noise_seed(recipe.seed, index),
+        recipe.fidelity,
+        recipe.refine,
     )
 
 
-def noise_seed(seed: int, index: int) -> int:
-    """Seed of a universe's white noise: distinct for the first 2^32 universes of a family.
+def generate(
+    root: Path,
+    recipe: Recipe,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    storage: str = DEFAULT_STORAGE,
+    make: Make = make_universe,
+) -> int:
+    """Make the shards that are missing among this rank's share (shard % world == rank); return how many universes.
 
-    torch's CPU generator uses the low 32 bits of its seed and drops the rest, so those must differ. Two families of n
-    universes share a few noise fields with a probability of about 2 n / 2^32 (of other cosmologies, still).
+    The bytes do not depend on `rank` and `world`. They may on the processor, the version of torch and, in the order
+    of a sum, on a GPU. A killed process leaves at most a temporary file; several ranks making one shard do no harm.
+    On CPU, ranks of one thread each are the fastest and least disturbed by other work on the machine. `make` takes the
+    place of `make_universe`: the ranks behind it may be many.
+
+    Raises:
+        ImportError: colossus is not installed.
+        SaihError: the storage is unknown or needs a library that is not installed.
+        ValueError: `rank` is not within `world`.
+    """
+    told = {**asdict(recipe), "generator_version": GENERATOR_VERSION}
+    del told["samples"]  # of the dataset that was asked for, not of one shard
+    made = 0
+    for shard in _lacking(root, recipe, storage, recipe.share(rank, world)):
+        indices = recipe.shard(shard)
+        universes = (_made(recipe, index, make(recipe, index, device)) for index in indices)
+        write_shard(_path(root, recipe, storage, shard), storage, universes, (len(indices), *recipe.shape), told)
+        made += len(indices)
+    return made
+
+
+def missing(root: Path, recipe: Recipe, storage: str = DEFAULT_STORAGE) -> list[int]:
+    """Numbers of the shards that are not there, or hold too few universes."""
+    return _lacking(root, recipe, storage, range(recipe.shards))
+
+
+def noise_seed(seed: int, index: int) -> int:
+    """Seed of a universe's white noise, 32 bits: distinct for the first 2^32 universes of a family.
+
+    Two families of n universes share a few noise fields with a probability of about 2 n / 2^32 (of other cosmologies,
+    still).
     """
     family = int.from_bytes(hashlib.sha256(f"noise {seed}".encode()).digest()[:4], "little")
     return (family + index) % 2**32
 
 
-class Dataset:
-    """The universes of a recipe under `root`, which `generate` has made."""
+class Dataset(Volumes):
+    """The universes of a recipe under `root`, which `generate` has made: periodic boxes.
 
-    def __init__(self, root: Path, recipe: Recipe) -> None:
-        self.folder = root / recipe.folder_name
-        self.recipe = recipe
+    A universe is held against its checksum the first time this object reads it.
+    """
+
+    periodic = True
+    mean_count = float(universe.PARTICLES_PER_CELL)
+
+    def __init__(self, root: Path, recipe: Recipe, storage: str = DEFAULT_STORAGE) -> None:
+        self.root, self.recipe, self.storage = root, recipe, storage
+        self.shape, self.per_file = recipe.shape, recipe.per_shard
+        self._manifest = cache(lambda shard: Manifest.read(_path(root, recipe, storage, shard)))
+        self._verified = bytearray(recipe.samples)
 
     def __len__(self) -> int:
         return self.recipe.samples
 
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """Read universes into a new tensor: int16 [len(indices), mesh, mesh, mesh, channels].
-
-        Unbuffered read() calls rather than a memory map, so the system accounts for the bytes.
-
-        Raises:
-            IndexError: there is no such universe in the recipe.
-            ValueError: a universe's file is missing or damaged; the message names it.
-        """
-        self._check(indices)
-        universes = torch.empty(len(indices), *self.recipe.shape, dtype=torch.int16)
-        for target, index in zip(universes.numpy(), indices, strict=True):
-            _read(_path(self.folder, index), target)
-        return universes
+    def read_into(self, index: int, target: Voxels) -> None:
+        self._check([index], self.root / self.recipe.folder_name(self.storage))
+        shard, row = divmod(index, self.recipe.per_shard)
+        self._manifest(shard).read_into(row, target, verify=not self._verified[index])
+        self._verified[index] = True
 
     def targets(self, indices: Sequence[int]) -> Tensor:
-        """The parameters to be learnt, each in [-1, 1], drawn again from the seed: float32 [len(indices), 4].
-
-        Raises:
-            IndexError: there is no such universe in the recipe.
-        """
-        self._check(indices)
+        """Drawn again from the seed. Raises IndexError if there is no such universe in the recipe."""
+        self._check(indices, self.root / self.recipe.folder_name(self.storage))
         scaled = [power.targets(power.draw(self.recipe.seed, index)) for index in indices]
         return torch.from_numpy(np.array(scaled, dtype=np.float32).reshape(len(indices), len(power.RANGES)))
 
-    def _check(self, indices: Sequence[int]) -> None:
-        for index in indices:
-            if not 0 <= index < self.recipe.samples:
-                raise IndexError(f"universe {index} is not among the {self.recipe.samples} of {self.folder}")
+    def files(self, indices: Sequence[int]) -> list[Path]:
+        return [self._manifest(shard).data for shard in sorted({index // self.recipe.per_shard for index in indices})]
 
 
-def _path(folder: Path, index: int) -> Path:
-    return folder / f"universe-{index:06d}.npy"
+def _lacking(root: Path, recipe: Recipe, storage: str, shards: Sequence[int]) -> list[int]:
+    def lacks(shard: int) -> bool:
+        path = _path(root, recipe, storage, shard)
+        return not (path.exists() and Manifest.read(path).is_whole(len(recipe.shard(shard))))
+
+    return [shard for shard in shards if lacks(shard)]
 
 
-def _write(path: Path, voxels: Voxels) -> None:
-    """Write a .npy file that is there whole or not at all, even if the machine stops."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            np.save(file, voxels.astype(_DTYPE, copy=False))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _path(root: Path, recipe: Recipe, storage: str, shard: int) -> Path:
+    return root / recipe.folder_name(storage) / f"{shard_name(shard)}.json"
 
 
-def _read(path: Path, target: Voxels) -> None:
-    """Fill `target` (contiguous) from a .npy file, which must hold just that shape and type."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            _check_header(file, target)
-            buffer = memoryview(target.data).cast("B")
-            expected = file.tell() + len(buffer)
-            size = os.fstat(file.fileno()).st_size
-            if size != expected:
-                raise ValueError(f"it has {size} bytes and should have {expected}")
-            while buffer:
-                count = file.readinto(buffer)
-                if not count:
-                    raise ValueError(f"it ended {len(buffer)} bytes early")
-                buffer = buffer[count:]
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: generate the dataset first") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it and generate the dataset again") from error
-
-
-def _check_header(file: FileIO, target: Voxels) -> None:
-    """Read a .npy header, leaving the file where its voxels begin."""
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("it is not a .npy file of version 1.0")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if (shape, fortran_order, dtype) != (target.shape, False, _DTYPE):
-        raise ValueError(f"it holds {dtype} {shape}, not {_DTYPE} {target.shape}")
+def _made(recipe: Recipe, index: int, voxels: Tensor) -> Made:
+    cosmology = power.draw(recipe.seed, index)
+    about = {**asdict(cosmology), "noise_seed": noise_seed(recipe.seed, index)}
+    return Made(voxels.cpu().numpy(), power.targets(cosmology), about)

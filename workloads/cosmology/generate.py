@@ -14,7 +14,9 @@ import torch
 
 from saih import mpi
 from saih.errors import SaihError
-from workloads.cosmology.dataset import REDSHIFTS, Recipe, generate
+from workloads.cosmology.dataset import generate
+from workloads.cosmology.recipe import REDSHIFTS, Recipe
+from workloads.cosmology.storages import DEFAULT_STORAGE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = Recipe(options.mesh, options.channels, options.seed, options.samples)
         made = generate(options.folder, recipe, communicator.rank, communicator.size)
     except Exception as error:
-        told = f"generate: {error}\n" if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
+        told = f"generate: {error}\n" if isinstance(error, (SaihError, ValueError, OSError)) else traceback.format_exc()
         print(told, end="", file=sys.stderr, flush=True)
         communicator.Abort(2)  # the other ranks would wait for this one
     own = np.array([made, time.perf_counter() - start_s])
@@ -44,7 +46,7 @@ def _summary(recipe: Recipe, folder: Path, made_and_s: np.ndarray) -> str:
     volume = f"{recipe.mesh}^3 x {recipe.channels}"
     rate = f" in {longest_s:.2f} s, {made * recipe.sample_bytes / longest_s / 1e6:.1f} MB/s" if made else ""
     return (
-        f"{folder / recipe.folder_name}: {recipe.samples} volumes of {volume}; "
+        f"{folder / recipe.folder_name(DEFAULT_STORAGE)}: {recipe.samples} volumes of {volume}; "
         f"{made} made by {len(made_and_s)} rank{'s' if len(made_and_s) > 1 else ''}{rate}"
     )
 

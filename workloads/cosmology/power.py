@@ -85,6 +85,27 @@ def growth(cosmology: Cosmology, redshifts: FloatArray) -> tuple[FloatArray, Flo
     return first, second
 
 
+def momentum(cosmology: Cosmology, redshifts: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """a^3 E dD/da of first and second order at each redshift, E the expansion rate over today's.
+
+    By the closed forms of `growth`: dlnD1/dlna = -3/2 Omega_m(a) + 5/2 Omega_m(a) a / D, D being a early on (Heath
+    1977, MNRAS 179, 351), and dlnD2/dlna is twice that, plus 3/143 (1 - Omega_m(a)).
+
+    Raises:
+        ImportError: colossus is not installed.
+    """
+    redshifts = np.asarray(redshifts, dtype=float)
+    background, a = _background(cosmology), 1 / (1 + redshifts)
+    matter = background.Om(redshifts)
+    first_slope = matter * (2.5 * a / background.growthFactorUnnormalized(redshifts) - 1.5)
+    slopes = first_slope, 2 * first_slope + 3 / 143 * (1 - matter)
+    first, second = (
+        a**2 * background.Ez(redshifts) * grown * slope
+        for grown, slope in zip(growth(cosmology, redshifts), slopes, strict=True)
+    )
+    return first, second
+
+
 def _shape(cosmology: Cosmology, k_h_mpc: FloatArray) -> FloatArray:
     """Power spectrum with an arbitrary amplitude."""
     spectrum: FloatArray = _colossus("power_spectrum").powerSpectrum(k_h_mpc, "eisenstein98", _background(cosmology))

@@ -1,90 +1,143 @@
-"""Data-parallel backends: how the gradients of all ranks become one, by DistributedDataParallel or by Horovod."""
+"""What several ranks share: samples (DistributedDataParallel, Horovod), weights too (FSDP), or volumes (spatial)."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import socket
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from saih.core import Clock, Place
 from saih.errors import SaihError
+from workloads.cosmology.cosmoflow.model import Regressor
+from workloads.cosmology.cosmoflow.spatial import Slabs, share_out
 
 CYCLE_MS = "0.1"
 """How often Horovod looks for gradients to reduce; at its default of 1 ms no all-reduce takes less than that."""
 
 
-class DataParallel(Protocol):
-    """A network on every rank, whose gradients are averaged."""
+class Parallel:
+    """A network trained by every rank of the job as if there were one; as it stands here, by one rank alone."""
 
-    model: nn.Module
-    """What to call forward on."""
+    def __init__(self, network: Regressor) -> None:
+        self.network = network
+        self.model: nn.Module = network
+        """What to call forward on."""
+        self.reader = (0, 1)
+        """Which of how many readers of disjoint samples this rank is."""
+
+    def share(self, counts_BDHWC: Tensor) -> Tensor:
+        """What this rank sees of the volumes it has read."""
+        return counts_BDHWC
 
     def backward(self, loss: Tensor, clock: Clock) -> None:
         """Gradients of `loss`, averaged over ranks. `communication` is what is waited for after the last gradient."""
+        loss.backward()
+
+    def gradients(self) -> list[Tensor]:
+        """The whole gradient of each parameter."""
+        return [cast(Tensor, each.grad) for each in self.network.parameters()]
+
+    def weights(self) -> list[Tensor]:
+        """The whole of each parameter."""
+        return [each.detach() for each in self.network.parameters()]
 
     def close(self) -> None:
         """Let go of threads and connections."""
 
 
-def data_parallel(backend: str, network: nn.Module, last: nn.Module, place: Place, device: str) -> DataParallel:
-    """`network` on one rank alone, or under the backend named; backward reaches the parameters of `last` last.
+def parallel(backend: str, network: Regressor, place: Place, device: str) -> Parallel:
+    """`network` on one rank alone, or shared by all ranks under the backend named.
 
     Raises:
         SaihError: the backend is Horovod, which is not installed.
     """
     if place.world == 1:
-        return Alone(network)
-    return Horovod(network, place, device) if backend == "horovod" else Ddp(network, last)
+        return Parallel(network)
+    if backend == "horovod":
+        return Horovod(network, place, device)
+    if backend == "fsdp":
+        return Fsdp(network, place, device)
+    return Spatial(network, place) if backend == "spatial" else Ddp(network, place)
 
 
-class Alone:
-    """One rank: nothing to average."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.model = network
-
-    def backward(self, loss: Tensor, clock: Clock) -> None:
-        loss.backward()
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class Ddp:
+class Ddp(Parallel):
     """torch's DistributedDataParallel over the job's process group, NCCL or gloo: it reduces buckets in backward."""
 
-    def __init__(self, network: nn.Module, last: nn.Module) -> None:
-        self.model: nn.Module = DistributedDataParallel(network, gradient_as_bucket_view=True)
-        self.last = last
+    def __init__(self, network: Regressor, place: Place) -> None:
+        super().__init__(network)
+        self.model = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        self.reader = (place.rank, place.world)
 
     def backward(self, loss: Tensor, clock: Clock) -> None:
-        """What backward does after the gradients of `last` is waiting for the reduction."""
-        parameters = self.last.parameters()
-        hooks = [each.register_post_accumulate_grad_hook(lambda _: clock.enter("communication")) for each in parameters]
+        """What backward does after the gradients of the first layer is waiting for the reduction."""
+        first = self.network.stages[0].parameters()
+        hooks = [each.register_post_accumulate_grad_hook(lambda _: clock.enter("communication")) for each in first]
         loss.backward()
         clock.enter("compute")
         for hook in hooks:
             hook.remove()
 
+
+class Spatial(Ddp):
+    """Every rank holds a slab of each volume: `spatial.py`. All ranks read the same samples.
+
+    DistributedDataParallel averages where slabs want a sum; what goes back through `Gather` makes up for it.
+    """
+
+    def __init__(self, network: Regressor, place: Place) -> None:
+        self.slabs = Slabs(place.rank, place.world, dist.new_group())
+        share_out(network, self.slabs)
+        super().__init__(network, place)
+        self.reader = (0, 1)
+
+    def share(self, counts_BDHWC: Tensor) -> Tensor:
+        return self.slabs.cut(counts_BDHWC, dim=1)
+
     def close(self) -> None:
-        """The process group is the job's."""
+        dist.destroy_process_group(self.slabs.group)
 
 
-class Horovod:
+class Fsdp(Parallel):
+    """torch's fully_shard (FSDP2): each rank stores its part of weights, gradients and momentum.
+
+    A stage's weights are gathered before it computes and let go after it. Waiting for them is inside forward and
+    backward, so it counts as `compute`.
+    """
+
+    def __init__(self, network: Regressor, place: Place, device: str) -> None:
+        mesh = init_device_mesh(torch.device(device).type, (place.world,))
+        for stage in network.stages:
+            fully_shard(stage, mesh=mesh)
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)  # or a forward alone would leave old weights
+        super().__init__(network)
+        self.reader = (place.rank, place.world)
+
+    def gradients(self) -> list[Tensor]:
+        return [cast(DTensor, each.grad).full_tensor() for each in self.network.parameters()]
+
+    def weights(self) -> list[Tensor]:
+        return [cast(DTensor, each.detach()).full_tensor() for each in self.network.parameters()]
+
+
+class Horovod(Parallel):
     """Horovod: a hook of each gradient hands it over in backward; a thread of its own fuses and reduces them.
 
     Its optimizer wrapper refuses the gradients of channels-last weights, which are dense but not contiguous in order of
     their dimensions; so they are handed over flat, as they lie in memory.
     """
 
-    def __init__(self, network: nn.Module, place: Place, device: str) -> None:
-        self.model = network
+    def __init__(self, network: Regressor, place: Place, device: str) -> None:
+        super().__init__(network)
+        self.reader = (place.rank, place.world)
         self.hvd, self.rendezvous = start_horovod(place, device)
         self.hvd.broadcast_parameters({name: _flat(each.data) for name, each in network.named_parameters()}, 0)
         self.handles: list[int] = []

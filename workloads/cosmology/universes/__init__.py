@@ -1,0 +1,1 @@
+"""Generation of universes as a workload, and the making of whole data sets."""
