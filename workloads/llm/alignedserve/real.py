@@ -1,0 +1,91 @@
+"""The decode instance in real time: prompts computed into a host pool, copies by a thread, steps by the core's worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from workloads.llm.allocator import BlockAllocator
+from workloads.llm.attention import AttnMeta
+from workloads.llm.copythread import BlockTransfer, CopyThread
+from workloads.llm.kv import PagedKV, copy_blocks
+from workloads.llm.model import Stage
+from workloads.llm.pool import HostPool
+from workloads.llm.request import Request
+from workloads.llm.transfer import Urgency
+
+
+class RealMover:
+    """Pool, stage and device as three arenas. The stage is a second buffer on the device: there is no other GPU here."""
+
+    def __init__(
+        self,
+        pool: HostPool,
+        host: PagedKV,
+        stage: PagedKV,
+        device: PagedKV,
+        device_blocks: BlockAllocator,
+        copies: CopyThread,
+    ) -> None:
+        self.pool, self.host, self.stage, self.device = pool, host, stage, device
+        self.device_blocks, self.copies = device_blocks, copies
+        self.stage_blocks = BlockAllocator(stage.blocks, stage.block_size)
+        self._flying: dict[int, BlockTransfer] = {}
+
+    def prefetch(self, request: Request) -> bool:
+        if not self.stage_blocks.grow(request.id, request.context_tokens):
+            return False
+        pairs = self.pool.load(request.id, self.stage_blocks.table(request.id))
+        self._flying[request.id] = self.copies.submit(Urgency.PREFETCH, self.host, self.stage, pairs)
+        return True
+
+    def arrived(self, request: Request) -> bool:
+        return request.id not in self._flying or self._flying[request.id].done
+
+    def load(self, request: Request) -> None:
+        table = self.device_blocks.table(request.id)
+        transfer = self._flying.pop(request.id, None)
+        if transfer is None:
+            self._copy(self.host, self.device, self.pool.load(request.id, table))
+            return
+        self.copies.wait(transfer)
+        held = self.pool.blocks.blocks_for(self.pool.stored_tokens(request.id))
+        pairs = list(zip(self.stage_blocks.table(request.id)[:held], table[:held], strict=True))
+        self._copy(self.stage, self.device, pairs)
+        self.stage_blocks.release(request.id)
+
+    def evict(self, request: Request) -> None:
+        table = self.device_blocks.table(request.id)
+        self._copy(self.device, self.host, self.pool.store(request.id, request.computed, table))
+
+    def drop(self, request: Request) -> None:
+        if request.id in self._flying:
+            self.copies.drop(self._flying.pop(request.id))
+            self.stage_blocks.release(request.id)
+
+    def _copy(self, source: PagedKV, target: PagedKV, pairs: Sequence[tuple[int, int]]) -> None:
+        copy_blocks(source, target, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        if self.device.arena.is_cuda and not (source.arena.is_cuda and target.arena.is_cuda):
+            torch.cuda.current_stream().synchronize()  # the host side may be written or read at once
+
+
+@torch.inference_mode()
+def prefill(stage: Stage, requests: Sequence[Request], pool: HostPool, host: PagedKV, device: PagedKV) -> None:
+    """Keys and values of all but the last token of each prompt, into the request's blocks of the pool."""
+    scratch = BlockAllocator(device.blocks, device.block_size)
+    none = torch.zeros(0, dtype=torch.int64, device=stage.device)
+    for request in requests:
+        count = len(request.prompt) - 1
+        pool.enter(request)
+        if count:
+            scratch.grow(request.id, count)
+            table = scratch.table(request.id)
+            ids = torch.tensor(request.prompt[:count], device=stage.device)
+            meta = AttnMeta.packed([count], block_tables=[table], block_size=device.block_size, device=stage.device)
+            stage(ids, meta, device, none)
+            pairs = pool.store(request.id, count, table)
+            copy_blocks(device, host, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+            if device.arena.is_cuda:
+                torch.cuda.current_stream().synchronize()
+            scratch.release(request.id)
