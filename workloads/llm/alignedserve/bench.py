@@ -11,7 +11,7 @@ from saih.core import Check, Clock, Context, Point, Value, Work
 from saih.errors import SaihError
 from workloads.llm import loader, metrics, stepcost
 from workloads.llm.alignedserve import calibrate, simulation, spec
-from workloads.llm.alignedserve.real import RealMover, prefill
+from workloads.llm.alignedserve.real import RealMover
 from workloads.llm.alignedserve.scheduler import Aligned, stage_blocks
 from workloads.llm.alignedserve.state import DecodeState
 from workloads.llm.alignedserve.traces import requests_of
@@ -23,6 +23,7 @@ from workloads.llm.costs import CostModel
 from workloads.llm.engine import Engine
 from workloads.llm.model import Stage
 from workloads.llm.pool import HostPool
+from workloads.llm.prefill import prefill
 from workloads.llm.request import Request
 from workloads.llm.serve import Iteration
 from workloads.llm.worker import Worker

@@ -45,7 +45,7 @@ PARAMETERS = (
     Parameter("shape", "llama-tiny", "", "shape of the model, with random weights", choices=tuple(n for n, s in PRESETS.items() if s.causal)),
     Parameter("kv_tokens", 12288, "tokens", "KV budget of the device; simulated: 0 = what the machine has room for", minimum=0),
     Parameter("shrink", 8, "", "real: lengths of prompts are divided by it", minimum=1),
-    Parameter("new_tokens", 24, "tokens", "real: of each request", minimum=1),
+    Parameter("new_tokens", 24, "tokens", "real: of a request on average", minimum=1),
     Parameter("machine", "h100", "", "simulated: the device and its links", choices=tuple(MACHINES)),
 )  # fmt: skip
 
@@ -178,7 +178,7 @@ def cost(params: Params) -> Cost:
             device_bytes=2e4 * requests,
             setup_s=SIMULATED_REQUEST_S * requests,
         )
-    if the.longest + the.new > spec.max_positions:
+    if the.longest + 5 * the.new > spec.max_positions:
         raise SaihError(
             f"prompts of {the.longest:.0f} tokens exceed {params['shape']}'s {spec.max_positions} positions"
         )

@@ -27,12 +27,15 @@ def rows(params: Params, seed: int) -> list[TraceRow]:
 
 
 def requests_of(params: Params, seed: int, vocabulary: int | None = None) -> list[Request]:
-    """With a vocabulary, for real time: prompts cut down by `shrink`, outputs of `new_tokens`, all there at once."""
+    """With a vocabulary, for real time: prompts shorter by `shrink`, outputs of `new_tokens` on average, all there."""
     found = rows(params, seed)
     kinds = [each.kind for each in trace.to_requests(found)]
     if vocabulary is not None:
-        shrink, new = int(params["shrink"]), int(params["new_tokens"])
-        found = [TraceRow(0.0, max(2, row.prompt_tokens // shrink), new) for row in found]
+        shrink = int(params["shrink"])
+        smaller = int(params["new_tokens"]) * len(found) / sum(row.new_tokens for row in found)
+        found = [
+            TraceRow(0.0, max(2, row.prompt_tokens // shrink), max(1, round(smaller * row.new_tokens))) for row in found
+        ]
     requests = trace.to_requests(found, vocabulary, seed)
     for request, kind in zip(requests, kinds, strict=True):
         request.kind = kind

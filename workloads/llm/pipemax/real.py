@@ -1,0 +1,102 @@
+"""The stage in real time: steps by the core's worker, copies by a thread for each direction of the link."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from workloads.llm.copythread import BlockTransfer, CopyThread
+from workloads.llm.kv import EmulatedLink, PagedKV, copy_blocks
+from workloads.llm.pool import PooledState
+from workloads.llm.request import Request
+from workloads.llm.scheduler import BatchPlan
+from workloads.llm.transfer import Urgency
+from workloads.llm.worker import Step, Worker
+
+CHUNK_BYTES = 1 << 20
+
+
+class RealDevice:
+    """A worker and its arenas. On a CPU the device's arena is host memory too, and the link is emulated."""
+
+    def __init__(
+        self, state: PooledState, worker: Worker, host: PagedKV, link: EmulatedLink | None, order: str
+    ) -> None:
+        self.state, self.worker, self.kv, self.host = state, worker, worker.kv, host
+        device = self.kv.arena.device
+        self.inward, self.outward = (
+            CopyThread(link, order=order, chunk_bytes=CHUNK_BYTES, device=device) for _ in range(2)
+        )
+        self.default_bytes_per_s = link.bytes_per_s if link else 2e10
+        self._began_s = time.perf_counter()
+        self._coming: dict[int, BlockTransfer] = {}
+        self._going: dict[int, list[BlockTransfer]] = {}
+
+    def now_s(self) -> float:
+        return time.perf_counter() - self._began_s
+
+    def wait_until(self, then_s: float) -> None:
+        time.sleep(max(0.0, then_s - self.now_s()))
+
+    def run(self, plan: BatchPlan) -> list[int]:
+        tokens = self.worker.run(Step.of(plan, self.state.blocks))
+        assert tokens is not None  # noqa: S101
+        return [int(token) for token in tokens.tolist()]
+
+    def place(self, request: Request) -> None:
+        """A prefill would have written here: the copy stands for it, and takes no part of the link."""
+        pairs = self.state.pool.load(request.id, self.state.blocks.table(request.id))
+        copy_blocks(self.host, self.kv, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+    def fetch(self, request: Request) -> None:
+        pairs = self.state.pool.load(request.id, self.state.blocks.table(request.id))
+        self._coming[request.id] = self.inward.submit(Urgency.PREFETCH, self.host, self.kv, pairs)
+
+    def wait(self, request: Request) -> None:
+        transfer = self._coming.pop(request.id, None)
+        if transfer is not None:
+            self.inward.wait(transfer)
+
+    def offload(self, request: Request) -> None:
+        table = self.state.blocks.table(request.id)
+        pairs = self.state.pool.store(request.id, request.computed, table)
+        if pairs:
+            going = self._going.setdefault(request.id, [])
+            going.append(self.outward.submit(Urgency.OFFLOAD, self.kv, self.host, pairs))
+
+    def evict(self, request: Request) -> None:
+        transfer = self._coming.pop(request.id, None)
+        if transfer is not None:
+            self.inward.drop(transfer)
+        if request.computed > self.state.pool.stored_tokens(request.id):
+            self.offload(request)
+        self.settle([request.id])
+
+    def settle(self, owners: Sequence[int]) -> None:
+        """Until nothing of these requests is on its way to the host."""
+        for owner in owners:
+            for transfer in self._going.pop(owner, []):
+                self.outward.wait(transfer)
+
+    def fetch_bytes_per_s(self) -> float:
+        return self.inward.bytes_per_s(self.default_bytes_per_s)
+
+    def close(self) -> None:
+        self.inward.close()
+        self.outward.close()
+
+
+@torch.inference_mode()
+def copy_bytes_per_s(kv: PagedKV, host: PagedKV, repeats: int = 5) -> float:
+    """Best of several copies of every other block from the host arena: runs of one block, as requests' blocks lie."""
+    blocks = list(range(0, min(kv.blocks, host.blocks), 2))
+    best_s = float("inf")
+    for _ in range(repeats):
+        begin_s = time.perf_counter()
+        copy_blocks(host, kv, blocks, blocks)
+        if kv.arena.is_cuda:
+            torch.cuda.synchronize()
+        best_s = min(best_s, time.perf_counter() - begin_s)
+    return len(blocks) * kv.block_bytes / best_s
