@@ -17,6 +17,8 @@ from workloads.llm.pool import PooledState
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan
 
+GROWTH = 1.05
+"""A batch may take so much longer than the mean of the last rotation. Our choice."""
 WATERMARK = 0.02
 """Of the device's blocks that stay free for growth when a request comes in."""
 
@@ -101,6 +103,8 @@ class Rotation:
     _ready_s: list[float] = field(init=False)
     _shared: list[Request] = field(default_factory=list, init=False)
     """Members of no batch for a moment: too many in one, not yet in the next."""
+    _saturated: int = field(default=0, init=False)
+    """Turns since all that was wanted could be fetched."""
     _skipped: dict[int, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -296,6 +300,7 @@ class Rotation:
             self.device.fetch(request)
             self._skipped.pop(request.id, None)
             fetched += each.blocks
+        self._saturated = self._saturated + 1 if fetched < sum(each.blocks for each in candidates) else 0
         for request in away:
             if not self._resident(request):
                 self._skipped[request.id] = self._skipped.get(request.id, 0) + 1
@@ -321,9 +326,11 @@ class Rotation:
         return int(step_s * self.device.fetch_bytes_per_s() / self.block_bytes)
 
     def _mean_step_s(self) -> float:
-        """Of the last rotation; 0 until there was one."""
+        """Of the last rotation; 0 while the link and the device could take more in it."""
         last = self.turns[-self.policy.slots :]
-        return 1.05 * sum(each.predicted_s for each in last) / len(last) if len(last) == self.policy.slots else 0.0
+        if self._saturated < self.policy.slots:
+            return 0.0
+        return GROWTH * sum(each.predicted_s for each in last) / len(last)
 
     def _candidate(self, request: Request) -> Candidate:
         tokens = request.context_tokens
