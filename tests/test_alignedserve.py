@@ -202,7 +202,11 @@ def ready(**settings: Any) -> Any:
 
 
 def test_tokens_are_those_of_fcfs_whatever_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.calibrate, "fit_kernel", lambda worker: bench.calibrate.fit([(1, 1, 1, 0)] * 4, [1.0] * 4, bench.calibrate.DECODE_TERMS))
+    monkeypatch.setattr(
+        bench.calibrate,
+        "fit_kernel",
+        lambda worker: bench.calibrate.fit([(1, 1, 1, 0)] * 4, [1.0] * 4, bench.calibrate.DECODE_TERMS),
+    )
     found = {}
     for variant in spec.VARIANTS:
         for attention in ("padded", "ragged"):
@@ -218,7 +222,11 @@ def test_tokens_are_those_of_fcfs_whatever_the_order(monkeypatch: pytest.MonkeyP
 
 
 def test_a_copy_that_goes_wrong_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.calibrate, "fit_kernel", lambda worker: bench.calibrate.fit([(1, 1, 1, 0)] * 4, [1.0] * 4, bench.calibrate.DECODE_TERMS))
+    monkeypatch.setattr(
+        bench.calibrate,
+        "fit_kernel",
+        lambda worker: bench.calibrate.fit([(1, 1, 1, 0)] * 4, [1.0] * 4, bench.calibrate.DECODE_TERMS),
+    )
     made = ready(variant="aligned")
     monkeypatch.setattr("workloads.llm.alignedserve.real.copy_blocks", lambda *words: None)
     assert not made.check().passed

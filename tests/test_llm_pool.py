@@ -21,9 +21,7 @@ def arenas(layout: str, blocks: int) -> tuple[PagedKV, PagedKV]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.sampled_from(["layer_first", "block_first"]), st.lists(st.integers(1, 20), min_size=1, max_size=4), st.data()
-)
+@given(st.sampled_from(["layer_first", "block_first"]), st.lists(st.integers(1, 20), min_size=1, max_size=4), st.data())
 def test_a_round_trip_is_exact_in_any_steps(layout: str, lengths: list[int], data: st.DataObject) -> None:
     """Stored piece by piece as tokens come, and loaded into other blocks."""
     blocks = sum(-(-length // 4) for length in lengths)

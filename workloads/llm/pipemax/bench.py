@@ -18,7 +18,7 @@ from workloads.llm.kv import EmulatedLink, PagedKV
 from workloads.llm.model import Stage
 from workloads.llm.packed import pack
 from workloads.llm.pipemax import predictor, simulation, spec
-from workloads.llm.pipemax.real import RealDevice, copy_bytes_per_s
+from workloads.llm.pipemax.real import RealDevice, copy_bytes_per_s, link_bytes_per_s
 from workloads.llm.pipemax.rotation import Rotation
 from workloads.llm.pool import HostPool, PooledState
 from workloads.llm.prefill import prefill
@@ -67,6 +67,7 @@ class Replay:
         prefill(self.stage, self.trace, self._pool(), self.host, self.kv)
         self.memory_bytes_per_s = _memory_bytes_per_s()
         self.link = EmulatedLink(float(params["emulated_link"]) * self.memory_bytes_per_s)
+        self.rate = link_bytes_per_s(self.kv, self.host, self.link)
         fitted = fit(*_samples(self.worker), TERMS)
         self.model, self.fit_errors = fitted.model, (fitted.median_error, fitted.worst_error)
         contexts = [len(each.prompt) + place for each in self.trace for place in range(each.max_new_tokens)]
@@ -95,6 +96,7 @@ class Replay:
             "fit_median_error": self.fit_errors[0],
             "fit_worst_error": self.fit_errors[1],
             "emulated_link_bytes_per_s": self.link.bytes_per_s,
+            "emulated_link_bytes_per_s_measured": self.rate,
             "memory_bytes_per_s": self.memory_bytes_per_s,
             "predicted_gain": foreseen.gain,
             "predicted_batch": foreseen.batch,
@@ -133,7 +135,7 @@ class Replay:
         pool = self._pool()
         simulation.prefilled(requests, pool)
         state = PooledState(BlockAllocator(self.kv.blocks, self.kv.block_size), pool)
-        device = RealDevice(state, self.worker, self.host, self.link, str(self.params["order"]))
+        device = RealDevice(state, self.worker, self.host, self.link, self.rate, str(self.params["order"]))
         policy = simulation.policy(str(self.params["variant"]), int(self.params["stages"]))
         rotation = Rotation(state, policy, device, self.model, self.kv.block_bytes)
         try:

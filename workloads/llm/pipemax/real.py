@@ -22,14 +22,15 @@ class RealDevice:
     """A worker and its arenas. On a CPU the device's arena is host memory too, and the link is emulated."""
 
     def __init__(
-        self, state: PooledState, worker: Worker, host: PagedKV, link: EmulatedLink | None, order: str
+        self, state: PooledState, worker: Worker, host: PagedKV, link: EmulatedLink, rate: float, order: str
     ) -> None:
+        """rate: bytes/s of the link as measured with copies like these, before (`link_bytes_per_s`)."""
         self.state, self.worker, self.kv, self.host = state, worker, worker.kv, host
         device = self.kv.arena.device
         self.inward, self.outward = (
             CopyThread(link, order=order, chunk_bytes=CHUNK_BYTES, device=device) for _ in range(2)
         )
-        self.default_bytes_per_s = link.bytes_per_s if link else 2e10
+        self.rate = rate
         self._began_s = time.perf_counter()
         self._coming: dict[int, BlockTransfer] = {}
         self._going: dict[int, list[BlockTransfer]] = {}
@@ -44,6 +45,10 @@ class RealDevice:
         tokens = self.worker.run(Step.of(plan, self.state.blocks))
         assert tokens is not None  # noqa: S101
         return [int(token) for token in tokens.tolist()]
+
+    def stage_s(self, took_s: float, predicted_s: float) -> float:
+        """As predicted: what disturbed this step disturbs none of the stages that are not there."""
+        return predicted_s
 
     def place(self, request: Request) -> None:
         """A prefill would have written here: the copy stands for it, and takes no part of the link."""
@@ -81,11 +86,21 @@ class RealDevice:
                 self.outward.wait(transfer)
 
     def fetch_bytes_per_s(self) -> float:
-        return self.inward.bytes_per_s(self.default_bytes_per_s)
+        return self.rate
 
     def close(self) -> None:
         self.inward.close()
         self.outward.close()
+
+
+def link_bytes_per_s(kv: PagedKV, host: PagedKV, link: EmulatedLink) -> float:
+    """What the link gives to blocks as requests have them: every other one, through the thread (BW_eff)."""
+    copies = CopyThread(link, chunk_bytes=CHUNK_BYTES, device=kv.arena.device)
+    blocks = list(range(0, min(kv.blocks, host.blocks), 2))
+    for _ in range(3):
+        copies.wait(copies.submit(Urgency.PREFETCH, host, kv, list(zip(blocks, blocks, strict=True))))
+    copies.close()
+    return copies.bytes_per_s(link.bytes_per_s)
 
 
 @torch.inference_mode()

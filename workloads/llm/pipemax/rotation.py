@@ -12,7 +12,7 @@ from typing import Protocol
 
 from saih.errors import SaihError
 from workloads.llm.costs import CostModel
-from workloads.llm.pipemax.compose import Candidate, Held, compose
+from workloads.llm.pipemax.compose import MOST_SKIPPED, Candidate, Held, compose
 from workloads.llm.pool import PooledState
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan
@@ -34,6 +34,9 @@ class Device(Protocol):
 
     def run(self, plan: BatchPlan) -> list[int]:
         """A token for each request; returns when they are there."""
+
+    def stage_s(self, took_s: float, predicted_s: float) -> float:
+        """What the batch takes on each of the other stages."""
 
     def place(self, request: Request) -> None:
         """Its keys and values are on the device, as a prefill that ran here would have left them."""
@@ -154,7 +157,7 @@ class Rotation:
         self.state.launch(plan)
         tokens = self.device.run(plan)
         end_s = self.device.now_s()
-        self._ready_s[slot] = begin_s + self.policy.stages * (end_s - begin_s)
+        self._ready_s[slot] = begin_s + self.policy.stages * self.device.stage_s(end_s - begin_s, predicted_s)
         self.state.complete(plan, tokens, end_s)
         if self.policy.offload:
             for request in batch:
@@ -245,7 +248,7 @@ class Rotation:
             free = self.state.blocks.free_blocks
             if not self.policy.steal:  # each batch has its own part of the cache
                 held = sum(len(self.state.blocks.table(key)) for key in members)
-                free = min(free, size // self.policy.slots - held)
+                free = min(free, size // self.policy.slots - held) if members else free
                 spare = spare // self.policy.slots if members else 0
             elif len(members) > len(self.state.running) // self.policy.slots:
                 return
@@ -284,6 +287,8 @@ class Rotation:
             chosen = [min(candidates, key=lambda each: each.blocks)]
         else:
             chosen = compose(held, candidates, budget, self.model, target_s)
+            if not chosen and candidates and max(each.skipped for each in candidates) >= MOST_SKIPPED:
+                chosen = [max(candidates, key=lambda each: each.skipped)]  # late, rather than never
         by_id = {each.id: each for each in [*away, *new]}
         fetched = 0
         for each in chosen:

@@ -53,6 +53,9 @@ class SimulatedDevice:
         self._joining_s = 0.0
         return [0] * len(plan.requests)
 
+    def stage_s(self, took_s: float, predicted_s: float) -> float:
+        return took_s
+
     def place(self, request: Request) -> None:
         self._prefill(request)
 
