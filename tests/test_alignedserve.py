@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saih import workload
@@ -99,7 +99,7 @@ def test_nobody_is_lost_and_arenas_are_empty_at_the_end(variant: str, seed: int)
     for request in requests:
         request.max_new_tokens = min(request.max_new_tokens, 60)
         request.computed = len(request.prompt) - 1
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311
     unwanted = set(rng.sample(range(len(requests)), 30))
     by_id = {each.id: each for each in requests}
     for iteration in serve(requests, instance.scheduler, instance.state, instance.executor):
@@ -120,7 +120,7 @@ def test_nobody_is_lost_and_arenas_are_empty_at_the_end(variant: str, seed: int)
 
 
 def grouping(variant: str, model: CostModel) -> float:
-    """Seconds for 16 short requests of one block and 4 long ones of four, in a cache of 8 blocks; copies take no time."""
+    """Seconds for 16 short requests of one block and 4 long ones of four in a cache of 8; copies take no time."""
     given_params = simulated(variant=variant, kv_tokens=128)
     instance = simulation.Instance(given_params, model, "split-kv")
     instance.mover.link.bytes_per_s = instance.mover.stage_bytes_per_s = float("inf")

@@ -119,7 +119,7 @@ def test_everybody_is_served_and_arenas_are_empty_at_the_end(
 @pytest.mark.parametrize("variant", ["td-pipe", "pipemax"])
 def test_a_soak_with_cancellations_loses_nobody(variant: str) -> None:
     rotation, _ = rotation_of(variant, 400, 1e6, stages=8)
-    rng = random.Random(5)
+    rng = random.Random(5)  # noqa: S311
     requests = [Request(n, range(rng.randint(1, 200)), rng.randint(1, 12)) for n in range(1500)]
     simulation.prefilled(requests, rotation.state.pool)
     complete, unwanted = rotation.state.complete, rng.sample(requests, 150)

@@ -14,7 +14,7 @@ class HostPool:
     """Which blocks of a host arena hold which request's keys and values, and of how many of its tokens.
 
     A request that enters gets blocks for all it may ever hold, so that none that was let in is ever without a place to
-    be evicted to. Copies are pairs of blocks; those from the device are of what the pool does not hold yet. Integers only.
+    be evicted to. Copies are pairs of blocks; those from the device are of what the pool does not hold yet.
     """
 
     def __init__(self, blocks: int, block_size: int) -> None:

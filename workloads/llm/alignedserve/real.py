@@ -15,7 +15,7 @@ from workloads.llm.transfer import Urgency
 
 
 class RealMover:
-    """Pool, stage and device as three arenas. The stage is a second buffer on the device: there is no other GPU here."""
+    """Pool, stage and device as three arenas. The stage is a second buffer on the device itself."""
 
     def __init__(
         self,

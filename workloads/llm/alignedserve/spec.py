@@ -35,55 +35,101 @@ SIMULATED_REQUEST_S = 1.5e-3
 RANDOM_PER_S = 2e7
 
 PARAMETERS = (
-    Parameter("time", "real", "", "decode really, or in simulated time on a machine of data sheets", choices=("real", "simulated")),
+    Parameter(
+        "time",
+        "real",
+        "",
+        "decode really, or in simulated time on a machine of data sheets",
+        choices=("real", "simulated"),
+    ),
     Parameter("variant", "aligned", "", "what decodes next, and whether it is prefetched", choices=VARIANTS),
-    Parameter("attention", "padded", "", "decode kernel: filled up; one block of threads a sequence; split keys", choices=KERNELS),
+    Parameter(
+        "attention", "padded", "", "filled up; one thread block a sequence; or keys cut into parts", choices=KERNELS
+    ),
     Parameter("trace", "short-90", "", f"lengths: {', '.join(TRACES)}, or a CSV file, ours or Azure's"),
     Parameter("requests", 96, "requests", "of the trace", minimum=1),
-    Parameter("rate", 0.0, "requests/s", "arrivals; 0 = all in the pool at the start", minimum=0),
-    Parameter("starvation_s", 0.0, "s", "aligned: how long one waits in the pool before it goes first; 0 = no bound", minimum=0),
-    Parameter("shape", "llama-tiny", "", "shape of the model, with random weights", choices=tuple(n for n, s in PRESETS.items() if s.causal)),
-    Parameter("kv_tokens", 12288, "tokens", "KV budget of the device; simulated: 0 = what the machine has room for", minimum=0),
+    Parameter("rate", 0.0, "requests/s", "simulated: arrivals; 0 = all in the pool at the start", minimum=0),
+    Parameter("starvation_s", 0.0, "s", "aligned: who waits longer goes first; 0 = no bound", minimum=0),
+    Parameter(
+        "shape",
+        "llama-tiny",
+        "",
+        "shape of the model, with random weights",
+        choices=tuple(name for name, shape in PRESETS.items() if shape.causal),
+    ),
+    Parameter(
+        "kv_tokens", 12288, "tokens", "KV budget of the device; simulated: 0 = what the machine has room for", minimum=0
+    ),
     Parameter("shrink", 8, "", "real: lengths of prompts are divided by it", minimum=1),
     Parameter("new_tokens", 24, "tokens", "real: of a request on average", minimum=1),
     Parameter("machine", "h100", "", "simulated: the device and its links", choices=tuple(MACHINES)),
-)  # fmt: skip
+)
 
 AXES = (
     Axis("data", "requests", tuple(Rung(str(n), {"requests": n}, n) for n in (24, 96, 384, 1000, 10000))),
     Axis("short", "% of requests", tuple(Rung(str(s), {"trace": f"short-{s}"}, s) for s in SHORT_SHARES)),
 )
 
-_SIM = {"time": "simulated"}
+_PAPER_SPEED = {"sharegpt": "1.35x", "longbench": "1.98x", "short-90": "1.32x to 1.85x at 95 % short"}
+_PAPER_P99 = {"sharegpt": "1/1.65", "longbench": "1/2.1", "short-90": "1/3.05 to 1/1.74"}
+_TARGETS = {"padded": 1.3, "ragged": 1.0, "split-kv": 0.95}
 
 
-def _simulated(
-    name: str, text: str, metric: str, over: str, target: float, better: str, paper: str, **where: str
-) -> Claim:
-    numerator, denominator = {"variant": "aligned"}, {"variant": over}
-    return Claim(name, f"{text} (simulated time)", metric, numerator, denominator, target, better, where | {}, paper)  # type: ignore[arg-type]
+def _real(kernel: str, target: float, paper: str) -> Claim:
+    return Claim(
+        f"{kernel}-over-fcfs",
+        f"decode tokens/s of aligned over fcfs, {kernel} kernel",
+        "work_per_s",
+        {"variant": "aligned"},
+        {"variant": "fcfs"},
+        target,
+        where={"attention": kernel},
+        paper=paper,
+    )
+
+
+def _simulated_speed(trace: str, kernel: str) -> Claim:
+    return Claim(
+        f"simulated-{trace}-{kernel}",
+        f"decode tokens/s of aligned over fcfs, {trace}, {kernel} kernel (simulated time)",
+        "check_simulated_tokens_per_s",
+        {"variant": "aligned"},
+        {"variant": "fcfs"},
+        _TARGETS[kernel],
+        where={"trace": trace, "attention": kernel},
+        paper=_PAPER_SPEED[trace],
+    )
+
+
+def _simulated_p99(trace: str) -> Claim:
+    return Claim(
+        f"simulated-{trace}-p99-tpot",
+        f"P99 time per output token of aligned over fcfs, {trace}, ragged kernel (simulated time)",
+        "check_simulated_tpot_p99_s",
+        {"variant": "aligned"},
+        {"variant": "fcfs"},
+        1.0,
+        "lower",
+        where={"trace": trace, "attention": "ragged"},
+        paper=_PAPER_P99[trace],
+    )
 
 
 CLAIMS = (
-    Claim("padded-over-fcfs", "decode tokens/s of aligned over fcfs, padded kernel, 90 % short",
-          "work_per_s", {"variant": "aligned"}, {"variant": "fcfs"}, 3.0, where={"attention": "padded"}),
-    Claim("ragged-over-fcfs", "decode tokens/s of aligned over fcfs, ragged kernel, 90 % short",
-          "work_per_s", {"variant": "aligned"}, {"variant": "fcfs"}, 1.0, where={"attention": "ragged"},
-          paper="1.32x over vLLM at OPT-2.7B, 95 % short"),
-    *(
-        _simulated(f"simulated-{trace}-{kernel}", f"decode tokens/s of aligned over fcfs, {trace}, {kernel} kernel",
-                   "check_simulated_tokens_per_s", "fcfs", target, "higher", paper, trace=trace, attention=kernel)
-        for trace, paper in {"sharegpt": "1.35x", "longbench": "1.98x", "short-90": "1.32x to 1.85x at 95 % short"}.items()
-        for kernel, target in {"padded": 1.3, "ragged": 1.0, "split-kv": 0.95}.items()
+    _real("padded", 3.0, ""),
+    _real("ragged", 1.0, "1.32x over vLLM at OPT-2.7B, 95 % short"),
+    *(_simulated_speed(trace, kernel) for trace in _PAPER_SPEED for kernel in KERNELS),
+    *(_simulated_p99(trace) for trace in _PAPER_P99),
+    Claim(
+        "simulated-prefetch",
+        "decode tokens/s of aligned over aligned without prefetch (simulated time)",
+        "check_simulated_tokens_per_s",
+        {"variant": "aligned"},
+        {"variant": "aligned-noprefetch"},
+        1.0,
+        paper="1.17x (Azure)",
     ),
-    *(
-        _simulated(f"simulated-{trace}-p99-tpot", f"P99 time per output token of aligned over fcfs, {trace}, ragged kernel",
-                   "check_simulated_tpot_p99_s", "fcfs", 1.0, "lower", paper, trace=trace, attention="ragged")
-        for trace, paper in {"sharegpt": "1/1.65", "longbench": "1/2.1", "short-90": "1/3.05 to 1/1.74"}.items()
-    ),
-    _simulated("simulated-prefetch", "decode tokens/s of aligned over aligned without prefetch, ragged kernel",
-               "check_simulated_tokens_per_s", "aligned-noprefetch", 1.0, "higher", "1.17x (Azure)", attention="ragged"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +154,7 @@ def mean(params: Params) -> Mean:
 
 
 def check_trace(trace: str) -> str:
+    """The name or path, if it can be one; raises SaihError otherwise."""
     if trace not in TRACES and not Path(trace).is_absolute():
         raise SaihError(f"trace={trace}: choose {', '.join(TRACES)}, or the absolute path of a CSV file")
     return trace
@@ -165,9 +212,7 @@ def cost(params: Params) -> Cost:
     if int(params["nodes"]) * int(params["gpus"]) > 1:
         raise SaihError("alignedserve decodes on one rank; prefill and the stage are beside it, or simulated")
     if params["variant"] != "aligned" and params["starvation_s"]:
-        raise SaihError(
-            f"starvation_s is for variant=aligned: {params['variant']} lets nobody starve, or knows no time"
-        )
+        raise SaihError(f"starvation_s is for variant=aligned, not {params['variant']}")
     requests, word = int(params["requests"]), WORD[str(params["time"])]
     kv = blocks * BLOCK_TOKENS * stepcost.kv_bytes_per_token(spec, word)
     if params["time"] == "simulated":
@@ -179,9 +224,7 @@ def cost(params: Params) -> Cost:
             setup_s=SIMULATED_REQUEST_S * requests,
         )
     if the.longest + 5 * the.new > spec.max_positions:
-        raise SaihError(
-            f"prompts of {the.longest:.0f} tokens exceed {params['shape']}'s {spec.max_positions} positions"
-        )
+        raise SaihError(f"{the.longest:.0f} tokens exceed {params['shape']}'s {spec.max_positions} positions")
     context = the.prompt + the.new / 2
     batch = max(1, min(requests, MAX_REQUESTS, int(blocks * BLOCK_TOKENS / context)))
     iterations = -(-requests * int(the.new) // batch)

@@ -42,7 +42,7 @@ def setup(point: Point, context: Context) -> Replay | Simulated:
 
 
 class Replay:
-    """A step decodes all requests. This rank is one of S alike stages, here with all layers, so that tokens come out."""
+    """A step decodes all requests. This rank is one of S alike stages, with all layers, so that tokens come out."""
 
     def __init__(self, point: Point, device: str) -> None:
         if device != "cpu":

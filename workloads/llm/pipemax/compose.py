@@ -1,4 +1,4 @@
-"""Who joins the next batch within what can be fetched while the present one runs: greedy in two stages (arXiv 2605.02189)."""
+"""Who joins the next batch, within what can be fetched meanwhile: greedy in two stages (arXiv 2605.02189)."""
 
 from __future__ import annotations
 

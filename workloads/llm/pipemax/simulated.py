@@ -1,4 +1,4 @@
-"""The stage in simulated time: steps by a cost model, copies by the rate of a link in each direction. No measurement."""
+"""The stage in simulated time: steps by a cost model, copies by the rate of a link each way. No measurement."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ MOST_REQUESTS = 4096
 
 
 def policy(variant: str, stages: int) -> Policy:
-    """What a variant is. Tensor parallelism is one batch on a stage of its own; with offloading, three that take turns."""
+    """What a variant is. Tensor parallelism is one batch, and one stage; with offloading, three that take turns."""
     return {
         "tp": Policy(1, 1),
         "tp-offload": Policy(3, 1, offload=True),

@@ -20,7 +20,7 @@ VARIANTS = ("tp", "tp-offload", "pp-resident", "td-pipe", "pipemax", "pipemax-st
 PIPELINED = VARIANTS[2:]
 TRACES = ("sharegpt", "longbench")
 MEANS = {"sharegpt": (343.76, 237.20), "longbench": (2686.89, 101.78)}
-LONGEST_NEW_TOKENS = 1024
+LONGEST_NEW_TOKENS = 512
 """Outputs are cut here: else the last request decides the time."""
 BLOCK_TOKENS = 16
 WORD = {"simulated": 2, "emulated": 4}
