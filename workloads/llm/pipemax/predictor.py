@@ -1,8 +1,8 @@
 """How much larger a batch gets, and how much faster decoding, if idle batches leave the device: on paper, beforehand.
 
 S batches rotate over S stages. A stage has M bytes for their keys and values and W bytes of weights. If the share f of
-a batch's x bytes leaves the device between two turns, (1 - f) x of each batch stays, and f x is there twice more: for the
-one that runs, and the one that comes in. So x = M / (S (1 - f) + 2 f). A step reads W + x from device memory, and
+a batch's x bytes leaves the device between two turns, (1 - f) x of each batch stays, and f x is there twice more: for
+the one that runs, and the one that comes in. So x = M / (S (1 - f) + 2 f). A step reads W + x from device memory, and
 meanwhile f x come in over the link: f x / link <= (W + x) / memory. Decoding is bound by memory: it gains
 (x / (W + x)) / (x0 / (W + x0)), x0 = M / S.
 """
