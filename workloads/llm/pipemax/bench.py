@@ -16,12 +16,12 @@ from workloads.llm.config import preset
 from workloads.llm.costmodel import fit
 from workloads.llm.kv import EmulatedLink, PagedKV
 from workloads.llm.model import Stage
-from workloads.llm.packed import pack
 from workloads.llm.pipemax import predictor, simulation, spec
 from workloads.llm.pipemax.real import RealDevice, copy_bytes_per_s, link_bytes_per_s
 from workloads.llm.pipemax.rotation import Rotation
 from workloads.llm.pool import HostPool, PooledState
 from workloads.llm.prefill import prefill
+from workloads.llm.prepack import prepack
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan, Load
 from workloads.llm.trace_csv import TraceRow
@@ -52,7 +52,7 @@ class Replay:
         self.stage, self.plain = Stage(shape, device=device), Stage(shape, device=device)
         for each in (self.stage, self.plain):
             loader.random_init(each, point.seed)
-        pack(self.stage)
+        prepack(self.stage)
         shrink = int(params["shrink"])
         rows = [
             TraceRow(0.0, max(2, row.prompt_tokens // shrink), max(1, row.new_tokens // shrink))
