@@ -110,7 +110,7 @@ def _figures(
     requests: Sequence[Request], iterations: Sequence[Iteration], instance: Instance, decision_s: Sequence[float]
 ) -> dict[str, float]:
     figures = metrics.summary(requests, iterations)
-    del figures["mixed_iteration_share"], figures["bubble_s"]
+    del figures["mixed_iteration_share"], figures["idle_s"]
     figures["ttft_mean_s"] = float(metrics.ttft_s(requests).mean())
     figures["ttft_max_s"] = float(metrics.ttft_s(requests).max())
     figures["iterations"] = float(len(iterations))
