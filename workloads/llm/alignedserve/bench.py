@@ -9,31 +9,38 @@ import torch
 
 from saih.core import Check, Clock, Context, Point, Value, Work
 from saih.errors import SaihError
-from workloads.llm import loader, metrics, stepcost
+from workloads.llm import loader, metrics, peers, stepcost
 from workloads.llm.alignedserve import calibrate, simulation, spec
+from workloads.llm.alignedserve.predictor import Predictor
 from workloads.llm.alignedserve.real import RealMover
 from workloads.llm.alignedserve.scheduler import Aligned, stage_blocks
 from workloads.llm.alignedserve.state import DecodeState
 from workloads.llm.alignedserve.traces import requests_of
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.check import check_tokens
-from workloads.llm.config import preset
+from workloads.llm.config import ModelSpec, preset
 from workloads.llm.copythread import CopyThread
+from workloads.llm.costmodel import Fit
 from workloads.llm.costs import CostModel
 from workloads.llm.engine import Engine
 from workloads.llm.model import Stage
 from workloads.llm.pool import HostPool
 from workloads.llm.prefill import prefill
+from workloads.llm.prepack import prepack
 from workloads.llm.request import Request
 from workloads.llm.serve import Iteration
 from workloads.llm.worker import Worker
 
+MOST_TOKENS = 4096
+"""In a batch of transformers: the default of `generation`."""
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
-def setup(point: Point, context: Context) -> Decoding | Simulated:
-    """A pool of prompts that are computed; or nothing, for simulated time."""
-    return Simulated(point) if point.params["time"] == "simulated" else Decoding(point, context.device)
+def setup(point: Point, context: Context) -> Decoding | Peer | Simulated:
+    """A pool of prompts that are computed, or will be in each step; or nothing, for simulated time."""
+    if point.params["time"] == "simulated":
+        return Simulated(point)
+    return (Peer if point.params["variant"] in spec.PEERS else Decoding)(point, context.device)
 
 
 def backend(kernel: str, device: str) -> tuple[str, int | None]:
@@ -54,8 +61,14 @@ class Decoding:
         self.params, self.device = point.params, device
         shape, kind = preset(str(point.params["shape"])), device.partition(":")[0]
         attention, splits = backend(str(point.params["attention"]), kind)
-        self.stage = Stage(shape, attention=attention, splits=splits, device=device, dtype=DTYPE[kind])
-        loader.random_init(self.stage, point.seed)
+        self.stage, self.plain = (
+            Stage(shape, attention=kernel, splits=splits, device=device, dtype=DTYPE[kind])
+            for kernel in (attention, "padded")
+        )
+        for each in (self.stage, self.plain):
+            loader.random_init(each, point.seed)
+        if kind == "cpu":
+            prepack(self.stage)
         self.trace = requests_of(point.params, point.seed, shape.vocab)
         blocks, size = spec.kv_blocks(point.params), spec.BLOCK_TOKENS
         self.host_blocks = sum(-(-each.longest_kv_tokens // size) for each in self.trace)
@@ -63,10 +76,10 @@ class Decoding:
         self.staged = self.stage.new_kv(stage_blocks(blocks), size, layout="block_first")
         self.host = self.stage.new_kv(self.host_blocks, size, layout="block_first", device="cpu", pinned=kind == "cuda")
         self.copies = CopyThread(device=device)
-        prefill(self.stage, self.trace, self._pool(), self.host, self.kv)
-        contexts = [len(each.prompt) + place for each in self.trace for place in range(each.max_new_tokens)]
-        flop = sum(stepcost.forward_flop(shape, stepcost.Batch.decode([context])) for context in contexts)
-        self.work = Work(float(len(contexts)), float(flop))
+        self.timed_prompts = point.params["prompts"] == "timed"
+        if not self.timed_prompts:
+            prefill(self.stage, self.trace, self._pool(), self.host, self.kv)
+        self.work = work(shape, self.trace, self.timed_prompts)
         self.mixed_share = 0.0
 
     def step(self, clock: Clock) -> Work:
@@ -76,17 +89,31 @@ class Decoding:
 
     def check(self) -> Check:
         """The tokens, and what the kernel's fit and the run itself say."""
-        fitted = calibrate.numbers(calibrate.fit_kernel(Worker(self.stage, self.kv)))
+        linear, padded = calibrate.fit_kernel(Worker(self.stage, self.kv))
         requests, iterations = self._decode()
         check = check_tokens(
-            self.stage,
+            self.plain,
             [(each.prompt, each.max_new_tokens) for each in self.trace],
             [each.generated for each in requests],
         )
         figures = {name: value for name, value in metrics.summary(requests, iterations).items() if value == value}
         figures["mixed_iteration_share"] = self.mixed_share
         figures["mean_batch"] = sum(each.load.decodes for each in iterations) / len(iterations)
-        return Check(check.passed, {**check.numbers, **fitted, **figures}, check.why)
+        if not self.timed_prompts:
+            figures["predicted_work_per_s"] = self._predict(linear, padded)
+        return Check(check.passed, {**check.numbers, **calibrate.numbers(linear), **figures}, check.why)
+
+    def _predict(self, linear: Fit, padded: Fit) -> float:
+        """Decode tokens/s on paper, by the fit that suits the kernel."""
+        fills_up = self.params["attention"] == "padded"
+        predictor = Predictor(
+            self.trace,
+            (padded if fills_up else linear).model,
+            self.kv.blocks * self.kv.block_size,
+            spec.MAX_REQUESTS,
+            padded=fills_up,
+        )
+        return predictor.tokens_per_s(self.params["variant"] != "fcfs")
 
     def close(self) -> None:
         self.copies.close()
@@ -104,6 +131,8 @@ class Decoding:
             for each in self.trace
         ]
         pool, blocks = self._pool(), BlockAllocator(self.kv.blocks, self.kv.block_size)
+        if self.timed_prompts:
+            prefill(self.stage, self.trace, pool, self.host, self.kv)
         for request in requests:
             pool.hold(request.id, request.computed)
         scheduler, index = simulation.scheduler_and_index(self.params, blocks)
@@ -117,6 +146,44 @@ class Decoding:
         if isinstance(scheduler, Aligned):
             self.mixed_share = scheduler.mixed_iterations / len(iterations)
         return requests, iterations
+
+
+def work(shape: ModelSpec, trace: Sequence[Request], prompts: bool) -> Work:
+    """Generated tokens, and the FLOP of decoding them, with those of the prompts or without."""
+    contexts = [len(each.prompt) + place for each in trace for place in range(each.max_new_tokens)]
+    flop = sum(stepcost.forward_flop(shape, stepcost.Batch.decode([context])) for context in contexts)
+    if prompts:
+        flop += sum(stepcost.forward_flop(shape, stepcost.Batch.prefill([len(each.prompt)])) for each in trace)
+    return Work(float(len(contexts)), float(flop))
+
+
+class Peer:
+    """A step serves the whole trace by the continuous batching of transformers, on the same weights and cache."""
+
+    def __init__(self, point: Point, device: str) -> None:
+        shape, kind = preset(str(point.params["shape"])), device.partition(":")[0]
+        self.plain = Stage(shape, device=device, dtype=DTYPE[kind])
+        loader.random_init(self.plain, point.seed)
+        self.trace = requests_of(point.params, point.seed, shape.vocab)
+        model = peers.hf_model(shape, loader.state_dict(self.plain), DTYPE[kind], device)
+        room = spec.kv_blocks(point.params) * spec.BLOCK_TOKENS
+        self.generator = peers.ContinuousBatches(model, self.trace, spec.MAX_REQUESTS, MOST_TOKENS, room)
+        self.work = work(shape, self.trace, True)
+
+    def step(self, clock: Clock) -> Work:
+        clock.enter("compute")
+        self._generate()
+        return self.work
+
+    def check(self) -> Check:
+        asked = [(each.prompt, each.max_new_tokens) for each in self.trace]
+        return check_tokens(self.plain, asked, self._generate())
+
+    def close(self) -> None:
+        self.generator.close()
+
+    def _generate(self) -> list[list[int]]:
+        return self.generator.generate([Request(each.id, each.prompt, each.max_new_tokens) for each in self.trace])
 
 
 @lru_cache(maxsize=256)

@@ -9,29 +9,37 @@ import torch
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.costmodel import TERMS, Fit, fit
 from workloads.llm.request import Request
-from workloads.llm.scheduler import BatchPlan
+from workloads.llm.scheduler import BatchPlan, Load
 from workloads.llm.worker import Step, Worker
 
 DECODE_TERMS = tuple(term for term in TERMS if term != "per_prefill_token_s")
+PADDED_TERMS = tuple(term for term in DECODE_TERMS if term != "per_longest_token_s")
 REPEATS = 3
 
 
-def fit_kernel(worker: Worker) -> Fit:
+def samples(worker: Worker) -> tuple[list[Load], list[float]]:
     """Decode steps over this worker's cache, whatever lies in it; the fastest of REPEATS of each shape counts."""
     loads, step_s = [], []
     for lengths in _shapes(worker.kv.blocks * worker.kv.block_size):
         plan, step = _step(lengths, worker)
         loads.append(plan.load())
         step_s.append(min(_seconds(worker, step) for _ in range(REPEATS)))
-    return fit(loads, step_s, DECODE_TERMS)
+    return loads, step_s
+
+
+def fit_kernel(worker: Worker) -> tuple[Fit, Fit]:
+    """(with g, with what a padded kernel attends to in place of g): T = a b + c sum + g max + d, T = a b + c b max + d."""
+    loads, step_s = samples(worker)
+    padded = [load._replace(context_tokens=load.decodes * load.longest_tokens) for load in loads]
+    return fit(loads, step_s, DECODE_TERMS), fit(padded, step_s, PADDED_TERMS)
 
 
 def _shapes(room: int) -> list[list[int]]:
     """Requests' lengths: few and many, alike and with one or four long ones among them, within the cache."""
     found = []
-    for short in (32, 128):
-        for long in (short, 256, 1024):
-            found += [[long] * longs + [short] * (count - longs) for count in (8, 16, 32) for longs in (1, 4)]
+    for short in (32, 128, 512):
+        for long in (short, 256, 1024, 4096):
+            found += [[long] * longs + [short] * (count - longs) for count in (4, 8, 16, 32, 64) for longs in (1, 4)]
     return [lengths for lengths in found if sum(lengths) + 32 * len(lengths) <= room]
 
 

@@ -16,7 +16,7 @@ FEWEST_REQUESTS = 36
 """A batch has this many where the pool does (Kmin)."""
 SPARE_SHARE = 0.1
 """Of as many blocks as the device has: what the stage holds for refilling the running batch. Our choice."""
-REFILL_LEVELS = 2
+REFILL_LEVELS = 3
 """A batch is refilled from the range of the tree's node so many levels above its own. Our choice: see the README."""
 WATERMARK = 0.01
 """Of the device's blocks that stay free when a request joins, so that it is not evicted at once (as in vLLM)."""

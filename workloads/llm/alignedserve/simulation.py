@@ -11,6 +11,7 @@ import numpy as np
 from saih.core import Params
 from workloads.llm import metrics, stepcost
 from workloads.llm.alignedserve import spec
+from workloads.llm.alignedserve.predictor import Predictor
 from workloads.llm.alignedserve.quadtree import QuadTree
 from workloads.llm.alignedserve.scheduler import Aligned, Continuous, DecodeScheduler, stage_blocks
 from workloads.llm.alignedserve.simulated import Prefill, SimulatedMover
@@ -103,7 +104,26 @@ def run(params: Params, seed: int) -> dict[str, float]:
     iterations = list(serve(requests, timed, instance.state, instance.executor))
     for request, came_s in zip(requests, arrival_s, strict=True):
         request.arrival_s = came_s
-    return _figures(requests, iterations, instance, timed.decision_s)
+    figures = _figures(requests, iterations, instance, timed.decision_s)
+    return figures if rate else figures | _predicted(str(params["variant"]), requests, instance)
+
+
+def _predicted(variant: str, requests: Sequence[Request], instance: Instance) -> dict[str, float]:
+    """The bounds on paper, where all requests are there at the start. Batches of the oracle are of like length too."""
+    blocks, mover = instance.state.blocks, instance.mover
+    predictor = Predictor(
+        requests,
+        instance.model,
+        blocks.blocks * blocks.block_size,
+        spec.MAX_REQUESTS,
+        padded=instance.kernel == "padded",
+    )
+    rate = mover.stage_bytes_per_s if instance.scheduler.prefetch else mover.link.bytes_per_s
+    copies_s = sum(blocks.blocks_for(len(each.prompt)) for each in requests) * mover.block_bytes / rate
+    return {
+        "predicted_simulated_tokens_per_s": predictor.tokens_per_s(variant != "fcfs", copies_s),
+        "predicted_simulated_tpot_p99_s": predictor.tpot_p99_s(variant != "fcfs"),
+    }
 
 
 def _figures(

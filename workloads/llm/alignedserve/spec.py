@@ -19,18 +19,25 @@ PAPER = "AlignedServe: SIGMOD 2026, doi:10.1145/3802009, arXiv:2605.23389"
 WORK_UNIT = "tokens"
 
 VARIANTS = ("fcfs", "aligned", "aligned-noprefetch", "sorted-oracle")
+PEERS = ("hf-continuous",)
 KERNELS = ("padded", "ragged", "split-kv")
 SHORT_SHARES = (70, 80, 90, 95)
 MIXES = tuple(f"short-{share}" for share in SHORT_SHARES)
-TRACES = ("sharegpt", "longbench", *MIXES)
-MEANS = {"sharegpt": (343.76, 237.20), "longbench": (2686.89, 101.78)}
+MEANS = {
+    "sharegpt": (343.76, 237.20),
+    "longbench": (2686.89, 101.78),
+    "azure-conv": (1154.70, 211.13),
+    "azure-code": (2047.85, 27.88),
+}
+"""Tokens of prompts and outputs, as in `workloads.llm.trace.LENGTHS`."""
+TRACES = (*MEANS, *MIXES)
 MIX_NEW_TOKENS = 237.20
 LONGEST_NEW_TOKENS = 1024
 """Outputs are cut here: with a tail of many thousand tokens the last request, not the scheduler, decides the time."""
 BLOCK_TOKENS = 16
 WORD = {"simulated": 2, "real": 4}
 MAX_REQUESTS = 256
-SIMULATED_REQUEST_S = 1.5e-3
+SIMULATED_REQUEST_S = 6e-4
 """To simulate a request on one core: a figure for planning."""
 RANDOM_PER_S = 2e7
 
@@ -42,7 +49,13 @@ PARAMETERS = (
         "decode really, or in simulated time on a machine of data sheets",
         choices=("real", "simulated"),
     ),
-    Parameter("variant", "aligned", "", "what decodes next, and whether it is prefetched", choices=VARIANTS),
+    Parameter(
+        "variant",
+        "aligned",
+        "",
+        "what decodes next, and whether it is prefetched; or the continuous batching of transformers",
+        choices=VARIANTS + PEERS,
+    ),
     Parameter(
         "attention", "padded", "", "filled up; one thread block a sequence; or keys cut into parts", choices=KERNELS
     ),
@@ -62,16 +75,53 @@ PARAMETERS = (
     ),
     Parameter("shrink", 8, "", "real: lengths of prompts are divided by it", minimum=1),
     Parameter("new_tokens", 24, "tokens", "real: of a request on average", minimum=1),
+    Parameter(
+        "prompts",
+        "computed",
+        "",
+        "real: computed before the clock starts, so that a step is decoding alone; or timed with it",
+        choices=("computed", "timed"),
+    ),
     Parameter("machine", "h100", "", "simulated: the device and its links", choices=tuple(MACHINES)),
 )
+
+STARVATION_S = 5.0
+"""The bound that `policy=aligned-bounded` keeps. Our choice."""
 
 AXES = (
     Axis("data", "requests", tuple(Rung(str(n), {"requests": n}, n) for n in (24, 96, 384, 1000, 10000))),
     Axis("short", "% of requests", tuple(Rung(str(s), {"trace": f"short-{s}"}, s) for s in SHORT_SHARES)),
+    Axis(
+        "policy",
+        "",
+        tuple(
+            Rung(label, settings, place)
+            for place, (label, settings) in enumerate(
+                {
+                    "fcfs": {"variant": "fcfs", "starvation_s": 0.0},
+                    "aligned": {"variant": "aligned", "starvation_s": 0.0},
+                    "aligned-bounded": {"variant": "aligned", "starvation_s": STARVATION_S},
+                }.items()
+            )
+        ),
+    ),
 )
 
-_PAPER_SPEED = {"sharegpt": "1.35x", "longbench": "1.98x", "short-90": "1.32x to 1.85x at 95 % short"}
-_PAPER_P99 = {"sharegpt": "1/1.65", "longbench": "1/2.1", "short-90": "1/3.05 to 1/1.74"}
+ALIGNED, FCFS = {"variant": "aligned"}, {"variant": "fcfs"}
+_PAPER_SPEED = {
+    "sharegpt": "up to 1.35x over DistServe (another digest: 1.98x)",
+    "longbench": "up to 1.98x",
+    "azure-conv": "up to 1.98x (Azure)",
+    "short-90": "",
+    "short-95": "1.32x over vLLM, 1.35x DistServe, 1.85x FastGen (OPT-2.7B)",
+}
+_PAPER_P99 = {
+    "sharegpt": "1/1.65",
+    "longbench": "1/2.1",
+    "azure-conv": "1/7.4 (Azure)",
+    "short-90": "1/3.05 to 1/1.74",
+    "short-95": "1/3.05 to 1/1.74",
+}
 _TARGETS = {"padded": 1.3, "ragged": 1.0, "split-kv": 0.95}
 
 
@@ -80,8 +130,8 @@ def _real(kernel: str, target: float, paper: str) -> Claim:
         f"{kernel}-over-fcfs",
         f"decode tokens/s of aligned over fcfs, {kernel} kernel",
         "work_per_s",
-        {"variant": "aligned"},
-        {"variant": "fcfs"},
+        ALIGNED,
+        FCFS,
         target,
         where={"attention": kernel},
         paper=paper,
@@ -93,41 +143,69 @@ def _simulated_speed(trace: str, kernel: str) -> Claim:
         f"simulated-{trace}-{kernel}",
         f"decode tokens/s of aligned over fcfs, {trace}, {kernel} kernel (simulated time)",
         "check_simulated_tokens_per_s",
-        {"variant": "aligned"},
-        {"variant": "fcfs"},
+        ALIGNED,
+        FCFS,
         _TARGETS[kernel],
         where={"trace": trace, "attention": kernel},
         paper=_PAPER_SPEED[trace],
     )
 
 
-def _simulated_p99(trace: str) -> Claim:
+def _simulated_p99(trace: str, kernel: str) -> Claim:
     return Claim(
-        f"simulated-{trace}-p99-tpot",
-        f"P99 time per output token of aligned over fcfs, {trace}, ragged kernel (simulated time)",
+        f"simulated-{trace}-{kernel}-p99-tpot",
+        f"P99 time per output token of aligned over fcfs, {trace}, {kernel} kernel (simulated time)",
         "check_simulated_tpot_p99_s",
-        {"variant": "aligned"},
-        {"variant": "fcfs"},
+        ALIGNED,
+        FCFS,
         1.0,
         "lower",
-        where={"trace": trace, "attention": "ragged"},
+        where={"trace": trace, "attention": kernel},
         paper=_PAPER_P99[trace],
     )
 
 
+def _simulated_ttft(name: str, text: str, metric: str, over: str, target: float, paper: str) -> Claim:
+    top = {"policy": "aligned" if over == "fcfs" else "aligned-bounded"}
+    return Claim(
+        f"simulated-ttft-{name}",
+        f"{text} (simulated time)",
+        f"check_simulated_{metric}",
+        top,
+        {"policy": over},
+        target,
+        "lower",
+        paper=paper,
+    )
+
+
 CLAIMS = (
-    _real("padded", 3.0, ""),
+    _real("padded", 3.0, "none of padding"),
     _real("ragged", 1.0, "1.32x over vLLM at OPT-2.7B, 95 % short"),
     *(_simulated_speed(trace, kernel) for trace in _PAPER_SPEED for kernel in KERNELS),
-    *(_simulated_p99(trace) for trace in _PAPER_P99),
+    *(_simulated_p99(trace, kernel) for trace in _PAPER_P99 for kernel in KERNELS),
     Claim(
         "simulated-prefetch",
         "decode tokens/s of aligned over aligned without prefetch (simulated time)",
         "check_simulated_tokens_per_s",
-        {"variant": "aligned"},
+        ALIGNED,
         {"variant": "aligned-noprefetch"},
         1.0,
         paper="1.17x (Azure)",
+    ),
+    _simulated_ttft(
+        "price", "mean TTFT of aligned over fcfs", "ttft_mean_s", "fcfs", 1.5, "+1.49 s ShareGPT, +2.54 s LongBench"
+    ),
+    _simulated_ttft(
+        "bounded", "longest TTFT with the starvation bound over without", "ttft_max_s", "aligned", 1.0, "~30 s without"
+    ),
+    Claim(
+        "over-hf-continuous",
+        "tokens/s of a whole trace, prompts too, over the continuous batching of transformers, same cache",
+        "work_per_s",
+        ALIGNED,
+        {"variant": "hf-continuous"},
+        1.5,
     ),
 )
 
@@ -211,6 +289,8 @@ def cost(params: Params) -> Cost:
     spec, the, blocks = preset(str(params["shape"])), mean(params), kv_blocks(params)
     if int(params["nodes"]) * int(params["gpus"]) > 1:
         raise SaihError("alignedserve decodes on one rank; prefill and the stage are beside it, or simulated")
+    if params["variant"] in PEERS and (params["time"] != "real" or params["prompts"] != "timed"):
+        raise SaihError(f"variant={params['variant']} computes prompts itself: set time=real and prompts=timed")
     if params["variant"] != "aligned" and params["starvation_s"]:
         raise SaihError(f"starvation_s is for variant=aligned, not {params['variant']}")
     requests, word = int(params["requests"]), WORD[str(params["time"])]
@@ -233,10 +313,16 @@ def cost(params: Params) -> Cost:
     moved = stepcost.step_bytes(spec, Batch.decode((int(seen),) * batch), word)
     parts = 2 * spec.layers + 1
     pool = requests * (the.prompt + the.new) * stepcost.kv_bytes_per_token(spec, word)
+    operations = (Operation(flop / parts, moved / parts),) * (parts * iterations)
+    prompts_flop = 0.0
+    if params["prompts"] == "timed":
+        prompt_flop = stepcost.forward_flop(spec, Batch.prefill((int(the.prompt),)))
+        prompts_flop = float(requests * prompt_flop)
+        operations += (Operation(prompt_flop / parts, 0.0),) * (parts * requests)
     return Cost(
-        flop=float(flop) * requests * the.new / batch,
+        flop=float(flop) * requests * the.new / batch + prompts_flop,
         work=requests * the.new,
-        operations=(Operation(flop / parts, moved / parts),) * (parts * iterations),
+        operations=operations,
         parameters=stepcost.parameters(spec),
         device_bytes=word * stepcost.parameters(spec) + 2 * kv + pool + 8.0 * batch * the.longest * 1e3,
         setup_s=stepcost.parameters(spec) / RANDOM_PER_S + requests * 0.02,

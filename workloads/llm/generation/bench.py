@@ -10,10 +10,10 @@ import torch
 
 from saih.core import Check, Clock, Context, Params, Point, Work
 from saih.errors import SaihError
-from workloads.llm import loader, metrics, stepcost
+from workloads.llm import loader, metrics, peers, stepcost
 from workloads.llm.check import TOLERANCE, check_tokens, logit_gaps
 from workloads.llm.engine import Engine
-from workloads.llm.generation import peers, spec
+from workloads.llm.generation import spec
 from workloads.llm.model import Stage
 from workloads.llm.prepack import prepack
 from workloads.llm.request import Request
