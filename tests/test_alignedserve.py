@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,15 @@ from hypothesis import strategies as st
 from saih import workload
 from saih.core import Context, Place, Point
 from saih.errors import SaihError
+from tests.conftest import package
 from workloads.llm.alignedserve import bench, quadtree, simulation, spec
+from workloads.llm.alignedserve.predictor import Predictor
 from workloads.llm.alignedserve.quadtree import DEPTH, ROOT, QuadTree, children, node_of, width
 from workloads.llm.alignedserve.scheduler import Aligned
+from workloads.llm.costmodel import fit
 from workloads.llm.costs import CostModel
 from workloads.llm.request import Phase, Request
+from workloads.llm.scheduler import Load
 from workloads.llm.serve import serve
 
 
@@ -205,7 +210,7 @@ def test_tokens_are_those_of_fcfs_whatever_the_order(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         bench.calibrate,
         "fit_kernel",
-        lambda worker: bench.calibrate.fit([(1, 1, 1, 0)] * 4, [1.0] * 4, bench.calibrate.DECODE_TERMS),
+        lambda worker: (fit([Load(1, 1, 1, 0)] * 4, [1.0] * 4, bench.calibrate.DECODE_TERMS),) * 2,
     )
     found = {}
     for variant in spec.VARIANTS:
@@ -225,7 +230,7 @@ def test_a_copy_that_goes_wrong_fails_the_check(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         bench.calibrate,
         "fit_kernel",
-        lambda worker: bench.calibrate.fit([(1, 1, 1, 0)] * 4, [1.0] * 4, bench.calibrate.DECODE_TERMS),
+        lambda worker: (fit([Load(1, 1, 1, 0)] * 4, [1.0] * 4, bench.calibrate.DECODE_TERMS),) * 2,
     )
     made = ready(variant="aligned")
     monkeypatch.setattr("workloads.llm.alignedserve.real.copy_blocks", lambda *words: None)
@@ -259,3 +264,105 @@ def test_mixed_iterations_are_those_of_two_batches() -> None:
     assert (scheduler.switches, scheduler.mixed_iterations) == (0, 0)
     figures = simulation.run(simulated(trace="short-80", requests=200), 1)
     assert 0 <= figures["simulated_mixed_iteration_share"] < 1
+
+
+def predictor_of(lengths: list[tuple[int, int]], model: CostModel, room: int, *, padded: bool = False) -> Predictor:
+    requests = [Request(number, range(prompt), new) for number, (prompt, new) in enumerate(lengths)]
+    return Predictor(requests, model, room, 10**9, padded=padded)
+
+
+TRACE = st.lists(st.tuples(st.integers(1, 900), st.integers(1, 50)), min_size=1, max_size=30)
+
+
+@given(TRACE, st.floats(0, 1e-3), st.floats(0, 1e-4), st.floats(1e-4, 1e-1))
+def test_on_paper_too_nothing_is_gained_without_a_cost_of_the_longest(
+    lengths: list[tuple[int, int]], a: float, c: float, d: float
+) -> None:
+    flat = predictor_of(lengths, CostModel(d, a, c), 10_000)
+    assert flat.tokens_per_s(aligned=True) == pytest.approx(flat.tokens_per_s(aligned=False), rel=1e-9)
+    steep = predictor_of(lengths, CostModel(d, a, c, 1e-4), 10_000)
+    assert steep.tokens_per_s(aligned=True) <= flat.tokens_per_s(aligned=True)
+    assert steep.tokens_per_s(aligned=False) <= flat.tokens_per_s(aligned=False)
+
+
+def test_the_longest_of_a_batch_is_what_drawing_says() -> None:
+    """P = 9/10 short of 100, 1/10 long of 1000 (weighted alike): the longest of b draws, by drawing."""
+    lengths = [(95, 10)] * 9 + [(995, 10)]
+    predictor = predictor_of(lengths, CostModel(1e-3), 1140)
+    assert predictor.together == pytest.approx(1140 / 190)
+    rng = random.Random(3)  # noqa: S311
+    drawn = [max(rng.choice([100] * 9 + [1000]) for _ in range(6)) for _ in range(20_000)]
+    assert predictor.longest == pytest.approx(sum(drawn) / len(drawn), rel=0.02)
+
+
+def test_a_padded_kernel_pays_the_longest_for_everybody() -> None:
+    lengths = [(95, 10)] * 9 + [(995, 10)]
+    model = CostModel(per_context_token_s=1e-6)
+    plain, padded = (predictor_of(lengths, model, 1140, padded=each) for each in (False, True))
+    assert plain.tokens_per_s(aligned=False) / padded.tokens_per_s(aligned=False) == pytest.approx(plain.longest / 190)
+    assert padded.tokens_per_s(aligned=True) == plain.tokens_per_s(aligned=True)
+
+
+@pytest.mark.parametrize("variant", ["fcfs", "aligned"])
+def test_the_bound_on_paper_is_near_what_is_simulated(variant: str) -> None:
+    figures = simulation.run(simulated(variant=variant, requests=600, kv_tokens=20_000, trace="azure-conv"), 3)
+    told, bound = figures["simulated_tokens_per_s"], figures["predicted_simulated_tokens_per_s"]
+    assert 0.75 * bound < told < 1.05 * bound
+
+
+def test_a_trace_of_azure_is_served_from_end_to_end(tmp_path: Path) -> None:
+    """Times with seven digits of a second, a mark before the first column, lines in the order of the file."""
+    path = tmp_path / "azure.csv"
+    lines = [f"2023-11-16 18:{15 + n // 60}:{n % 60:02}.6805900,{50 + 37 * n % 900},{1 + n % 20}" for n in range(120)]
+    path.write_text("\ufeffTIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(lines) + "\n")
+    for rate in (0.0, 1.0):
+        figures = simulation.run(simulated(trace=str(path), requests=100, rate=rate), 1)
+        assert figures["simulated_requests_served"] == 100
+    asked = simulation.requests_of(simulated(trace=str(path), requests=100, rate=1.0), 1)
+    assert [len(each.prompt) for each in asked[:3]] == [50, 87, 124]
+    assert asked[90].arrival_s == pytest.approx(90.0)
+
+
+def test_the_starvation_bound_shortens_the_longest_wait_of_a_busy_server() -> None:
+    settings = {"trace": "longbench", "requests": 800, "kv_tokens": 0, "rate": 7.0, "attention": "ragged"}
+    free, bounded = (simulation.run(simulated(**settings, starvation_s=bound), 0) for bound in (0.0, 5.0))
+    assert bounded["simulated_ttft_max_s"] < 0.8 * free["simulated_ttft_max_s"]
+
+
+def test_prompts_can_be_part_of_a_step_and_transformers_serves_the_same_tokens() -> None:
+    package("transformers")
+    made = {
+        variant: ready(variant=variant, attention="ragged", prompts="timed") for variant in ("aligned", "hf-continuous")
+    }
+    ours, theirs = made["aligned"], made["hf-continuous"]
+    assert theirs.check().passed
+    assert ours.work == theirs.work, "the same work is timed"
+    assert ours.work.flop > ready(variant="aligned", attention="ragged").work.flop
+    assert [each.generated for each in ours._decode()[0]] == theirs._generate()
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("variant", ["fcfs", "aligned"])
+def test_a_long_soak_with_little_room_anywhere(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5000 requests of random lengths; device, stage and host pool run out all the time, a tenth is cancelled."""
+    monkeypatch.setattr(simulation, "POOL_BLOCKS", 600)
+    instance = simulation.Instance(simulated(variant=variant), CostModel(1e-3, 1e-5, 1e-7), "ragged")
+    rng = random.Random(11)  # noqa: S311
+    requests = [Request(n, range(rng.randint(1, 600)), rng.randint(1, 12)) for n in range(5000)]
+    for request in requests:
+        request.computed = len(request.prompt) - 1
+    unwanted = rng.sample(requests, 500)
+    full = 0
+    for _ in serve(requests, instance.scheduler, instance.state, instance.executor):
+        full += bool(instance.state.waiting)
+        if unwanted and rng.random() < 0.5:
+            instance.state.cancel(unwanted.pop())
+    ended = {phase: sum(each.phase is phase for each in requests) for phase in Phase}
+    assert ended[Phase.FINISHED] + ended[Phase.CANCELLED] == 5000
+    assert ended[Phase.CANCELLED] > 100
+    assert full > 100, "the pool was full for long"
+    assert all(len(each.generated) == each.max_new_tokens for each in requests if each.phase is Phase.FINISHED)
+    assert instance.state.blocks.free_blocks == instance.state.blocks.blocks
+    assert instance.pool.blocks.free_blocks == 600
+    assert instance.mover.stage.free_blocks == instance.mover.stage.blocks

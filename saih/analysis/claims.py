@@ -149,7 +149,7 @@ def _select(table: pd.DataFrame, points: pd.DataFrame, labels: Mapping[str, str]
 
 
 def _prediction(points: pd.DataFrame, table: pd.DataFrame, metric: str) -> pd.Series:
-    """What the workload predicts of the metric; else its planned value, up to a factor that cancels in a ratio; or NaN."""
+    """What the workload predicts of the metric; else its plan, up to a factor that cancels in a ratio; else NaN."""
     told = PREDICTED + metric.removeprefix("check_")
     if told in table and table[told].notna().any():
         return table[told]
@@ -167,7 +167,7 @@ def _prediction(points: pd.DataFrame, table: pd.DataFrame, metric: str) -> pd.Se
 
 
 def _predicted(claim: Claim, pairs: pd.DataFrame) -> float | None:
-    """The ratio of what was predicted. The roofline knows nothing of communication: it says nothing where ranks differ."""
+    """The ratio of predictions; the roofline knows nothing of communication, so it says nothing where ranks differ."""
     if {"nodes", "gpus"} & {*claim.numerator, *claim.denominator}:
         return None
     ratio = float(np.exp(np.log(pairs["predicted"]).mean()))

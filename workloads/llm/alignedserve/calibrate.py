@@ -28,7 +28,7 @@ def samples(worker: Worker) -> tuple[list[Load], list[float]]:
 
 
 def fit_kernel(worker: Worker) -> tuple[Fit, Fit]:
-    """(with g, with what a padded kernel attends to in place of g): T = a b + c sum + g max + d, T = a b + c b max + d."""
+    """T = a b + c sum + g max + d, and T = a b + c b max + d, which is what a padded kernel does."""
     loads, step_s = samples(worker)
     padded = [load._replace(context_tokens=load.decodes * load.longest_tokens) for load in loads]
     return fit(loads, step_s, DECODE_TERMS), fit(padded, step_s, PADDED_TERMS)

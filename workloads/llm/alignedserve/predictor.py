@@ -1,4 +1,4 @@
-"""What a variant should give on paper, from lengths and a cost model alone: the bound beside what is simulated or measured.
+"""What a variant should give on paper, from lengths and a cost model: the bound beside what comes out.
 
 A request of N tokens at a mean context l is N times in a batch. With room for K tokens and at most R requests, batches
 of its own length hold b = min(K / l, R), and each of its tokens is 1 / b of an iteration; a batch of all lengths holds

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from saih.core import Check, Clock, Context, Point, Value, Work
@@ -13,22 +16,33 @@ from workloads.llm import loader, stepcost, trace
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.check import check_tokens
 from workloads.llm.config import preset
+from workloads.llm.copythread import CopyThread
 from workloads.llm.costmodel import fit
 from workloads.llm.kv import EmulatedLink, PagedKV
 from workloads.llm.model import Stage
 from workloads.llm.pipemax import predictor, simulation, spec
-from workloads.llm.pipemax.real import RealDevice, copy_bytes_per_s, link_bytes_per_s
+from workloads.llm.pipemax.expected import StageModel, expect
+from workloads.llm.pipemax.real import (
+    CHUNK_BYTES,
+    RealDevice,
+    copy_bytes_per_s,
+    link_bytes_per_s,
+    predicted_copy_bytes_per_s,
+)
 from workloads.llm.pipemax.rotation import Rotation
 from workloads.llm.pool import HostPool, PooledState
-from workloads.llm.prefill import prefill
+from workloads.llm.prefill import compute, prefill
 from workloads.llm.prepack import prepack
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan, Load
 from workloads.llm.trace_csv import TraceRow
+from workloads.llm.transfer import Urgency
 from workloads.llm.worker import Step, Worker
 
 TERMS = ("fixed_s", "per_decode_s", "per_context_token_s")
 """T = alpha b + beta L + delta."""
+MANY_TIMES = 200
+"""Over the cache: more than is copied while steps are calibrated."""
 MEMORY_BYTES = 1 << 26
 """Of the copy that stands for the device's memory."""
 
@@ -42,7 +56,8 @@ def setup(point: Point, context: Context) -> Replay | Simulated:
 
 
 class Replay:
-    """A step decodes all requests. This rank is one of S alike stages, with all layers, so that tokens come out."""
+    """A step serves all requests, prompts too. This rank is one of S alike stages, with all layers, so that tokens come
+    out."""
 
     def __init__(self, point: Point, device: str) -> None:
         if device != "cpu":
@@ -64,12 +79,14 @@ class Replay:
         self.kv = self.stage.new_kv(int(params["kv_tokens"]) // size, size, layout=layout)
         self.host = self.stage.new_kv(self.host_blocks, size, layout=layout)
         self.worker = Worker(self.stage, self.kv)
-        prefill(self.stage, self.trace, self._pool(), self.host, self.kv)
+        self.policy = simulation.policy(str(params["variant"]), int(params["stages"]))
         self.memory_bytes_per_s = _memory_bytes_per_s()
         self.link = EmulatedLink(float(params["emulated_link"]) * self.memory_bytes_per_s)
         self.rate = link_bytes_per_s(self.kv, self.host, self.link)
-        fitted = fit(*_samples(self.worker), TERMS)
+        with _links_busy(self.kv, self.host, self.link) if self.policy.offload else nullcontext():
+            fitted = fit(*_samples(self.worker), TERMS)
         self.model, self.fit_errors = fitted.model, (fitted.median_error, fitted.worst_error)
+        self.prefill_s_per_token = _prefill_s_per_token(self.stage, self.trace, self.kv)
         contexts = [len(each.prompt) + place for each in self.trace for place in range(each.max_new_tokens)]
         flop = sum(stepcost.forward_flop(shape, stepcost.Batch.decode([context])) for context in contexts)
         self.work = Work(float(len(contexts)), float(flop))
@@ -81,11 +98,16 @@ class Replay:
 
     def check(self) -> Check:
         """The tokens, by the full forward pass; and what the turns, the estimator and the layout say."""
-        foreseen = self._predict()
+        per_token = self.kv.block_bytes / self.kv.block_size
+        room = float(self.kv.blocks * self.kv.block_size)
+        on_paper = StageModel(room, self.model, self.prefill_s_per_token, self.rate / per_token)
+        expected = expect(self.trace, on_paper, self.policy)
         print(
-            f"predicted here: moved {foreseen.moved_share:.2f}, batch {foreseen.batch:.2f}x, gain {foreseen.gain:.2f}x"
+            f"{self.params['variant']}, predicted here: moved {expected.moved_share:.2f}, "
+            f"batch {expected.batch:.2f} requests, {expected.tokens_per_s:.0f} tokens/s"
         )
         rotation, requests = self._decode()
+        arenas = self._layout_arenas()
         check = check_tokens(
             self.plain,
             [(each.prompt, each.max_new_tokens) for each in self.trace],
@@ -98,22 +120,16 @@ class Replay:
             "emulated_link_bytes_per_s": self.link.bytes_per_s,
             "emulated_link_bytes_per_s_measured": self.rate,
             "memory_bytes_per_s": self.memory_bytes_per_s,
-            "predicted_gain": foreseen.gain,
-            "predicted_batch": foreseen.batch,
-            "copy_bytes_per_s": copy_bytes_per_s(*self._layout_arenas()),
+            "predicted_moved_share": expected.moved_share,
+            "predicted_work_per_s": expected.tokens_per_s,
+            "predicted_mean_batch": expected.batch,
+            "copy_bytes_per_s": copy_bytes_per_s(*arenas),
+            "predicted_copy_bytes_per_s": predicted_copy_bytes_per_s(*arenas, self.memory_bytes_per_s),
         }
         return Check(check.passed, {**check.numbers, **numbers}, check.why)
 
     def close(self) -> None:
         """Threads end with each step."""
-
-    def _predict(self) -> predictor.Prediction:
-        """Bytes of weights as good as the fixed time of a step: on a CPU that is more than reading them."""
-        rate = self.kv.block_bytes / self.kv.block_size / max(self.model.per_context_token_s, 1e-12)
-        weights = self.model.fixed_s * rate
-        return predictor.predict(
-            float(self.kv.arena.nbytes), weights, int(self.params["stages"]), self.link.bytes_per_s / rate
-        )
 
     def _layout_arenas(self) -> tuple[PagedKV, PagedKV]:
         """Of a model whose layers are many and whose blocks are small, as on GPUs; out of the caches."""
@@ -133,11 +149,12 @@ class Replay:
     def _decode(self) -> tuple[Rotation, list[Request]]:
         requests = [Request(each.id, each.prompt, each.max_new_tokens, kind=each.kind) for each in self.trace]
         pool = self._pool()
-        simulation.prefilled(requests, pool)
+        if self.policy.phases:
+            prefill(self.stage, requests, pool, self.host, self.kv)
+        simulation.prefilled(requests, pool, held=False)
         state = PooledState(BlockAllocator(self.kv.blocks, self.kv.block_size), pool)
         device = RealDevice(state, self.worker, self.host, self.link, self.rate, str(self.params["order"]))
-        policy = simulation.policy(str(self.params["variant"]), int(self.params["stages"]))
-        rotation = Rotation(state, policy, device, self.model, self.kv.block_bytes)
+        rotation = Rotation(state, self.policy, device, self.model, self.kv.block_bytes)
         try:
             rotation.serve(requests)
         finally:
@@ -159,28 +176,62 @@ def _memory_bytes_per_s() -> float:
     return MEMORY_BYTES / best_s
 
 
-def _samples(worker: Worker, repeats: int = 3) -> tuple[list[Load], list[float]]:
-    """Decode steps of many sizes, and the fastest of each: the offline sweep of the paper."""
-    loads, step_s = [], []
+@contextmanager
+def _links_busy(kv: PagedKV, host: PagedKV, link: EmulatedLink) -> Iterator[None]:
+    """Copies both ways meanwhile, as they run beside the steps of a trace; what the arenas held is lost."""
+    blocks = range(min(kv.blocks, host.blocks))
+    pairs = [(block, block) for block in blocks] * MANY_TIMES
+    inward, outward = (CopyThread(link, chunk_bytes=CHUNK_BYTES) for _ in range(2))
+    coming = inward.submit(Urgency.PREFETCH, host, kv, pairs)
+    going = outward.submit(Urgency.OFFLOAD, kv, host, pairs)
+    try:
+        yield
+    finally:
+        inward.drop(coming)
+        outward.drop(going)
+        inward.close()
+        outward.close()
+
+
+def _samples(worker: Worker, repeats: int = 7) -> tuple[list[Load], list[float]]:
+    """Decode steps of many sizes, alike and mixed, and the median time of each: the offline sweep of the paper.
+
+    The sweeps over all sizes are one after the other, so that what disturbs for a while disturbs one of each.
+    """
     room = worker.kv.blocks * worker.kv.block_size
-    for count in (1, 2, 4, 6, 8, 12, 16):
-        for length in (16, 64, 128, 256):
-            if count * (length + worker.kv.block_size) > room:
+    shapes = [[length] * count for count in (1, 2, 3, 4, 6, 8, 12) for length in (16, 48, 96, 160, 256)]
+    shapes += [[16, 160] * pairs for pairs in (1, 2, 3, 4)] + [[32, 64, 256] * triples for triples in (1, 2)]
+    loads: dict[int, Load] = {}
+    times_s: dict[int, list[float]] = {}
+    for _ in range(repeats):
+        for place, lengths in enumerate(shapes):
+            if sum(lengths) + worker.kv.block_size * len(lengths) > room:
                 continue
             blocks = BlockAllocator(worker.kv.blocks, worker.kv.block_size)
-            requests = [Request(number, [1] * length, 1, computed=length - 1) for number in range(count)]
+            requests = [Request(number, [1] * length, 1, computed=length - 1) for number, length in enumerate(lengths)]
             for request in requests:
-                blocks.grow(request.id, length)
-            plan = BatchPlan(requests, [1] * count)
-            step = Step.of(plan, blocks)
-            times_s = []
-            for _ in range(repeats):
-                begin_s = time.perf_counter()
-                worker.run(step)
-                times_s.append(time.perf_counter() - begin_s)
-            loads.append(plan.load())
-            step_s.append(min(times_s))
-    return loads, step_s
+                blocks.grow(request.id, request.context_tokens)
+            plan = BatchPlan(requests, [1] * len(requests))
+            begin_s = time.perf_counter()
+            worker.run(Step.of(plan, blocks))
+            times_s.setdefault(place, []).append(time.perf_counter() - begin_s)
+            loads[place] = plan.load()
+    return list(loads.values()), [float(np.median(each)) for each in times_s.values()]
+
+
+def _prefill_s_per_token(stage: Stage, requests: Sequence[Request], kv: PagedKV, prompts: int = 8) -> float:
+    """Of the first prompts of the trace, one at a time; the faster of two times each."""
+    tokens, took_s = 0, 0.0
+    for request in requests[:prompts]:
+        blocks = BlockAllocator(kv.blocks, kv.block_size)
+        blocks.grow(request.id, len(request.prompt))
+        times_s = []
+        for _ in range(2):
+            begin_s = time.perf_counter()
+            tokens += compute(stage, request, kv, blocks.table(request.id))
+            times_s.append(time.perf_counter() - begin_s)
+        took_s += 2 * min(times_s)
+    return took_s / max(1, tokens)
 
 
 @lru_cache(maxsize=256)

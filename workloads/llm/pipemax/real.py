@@ -10,12 +10,14 @@ import torch
 from workloads.llm.copythread import BlockTransfer, CopyThread
 from workloads.llm.kv import EmulatedLink, PagedKV, copy_blocks
 from workloads.llm.pool import PooledState
+from workloads.llm.prefill import compute
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan
 from workloads.llm.transfer import Urgency
 from workloads.llm.worker import Step, Worker
 
 CHUNK_BYTES = 1 << 20
+EMPTY_COPIES = 2000
 
 
 class RealDevice:
@@ -32,6 +34,8 @@ class RealDevice:
         )
         self.rate = rate
         self._began_s = time.perf_counter()
+        self._fresh: set[int] = set()
+        self._joining_s = 0.0
         self._coming: dict[int, BlockTransfer] = {}
         self._going: dict[int, list[BlockTransfer]] = {}
 
@@ -42,16 +46,25 @@ class RealDevice:
         time.sleep(max(0.0, then_s - self.now_s()))
 
     def run(self, plan: BatchPlan) -> list[int]:
+        begin_s = self.now_s()
+        for request in plan.requests:
+            if request.id in self._fresh:
+                self._fresh.remove(request.id)
+                compute(self.worker.stage, request, self.kv, self.state.blocks.table(request.id))
+        self._joining_s = self.now_s() - begin_s
         tokens = self.worker.run(Step.of(plan, self.state.blocks))
         assert tokens is not None  # noqa: S101
         return [int(token) for token in tokens.tolist()]
 
     def stage_s(self, took_s: float, predicted_s: float) -> float:
-        """As predicted: what disturbed this step disturbs none of the stages that are not there."""
-        return predicted_s
+        """As predicted, and its prompts: what disturbed this step disturbs none of the stages that are not there."""
+        return predicted_s + self._joining_s
 
     def place(self, request: Request) -> None:
-        """A prefill would have written here: the copy stands for it, and takes no part of the link."""
+        """A prefill phase would have written here: the copy stands for its writing, and takes no part of the link."""
+        if request.computed and not self.state.pool.stored_tokens(request.id):
+            self._fresh.add(request.id)
+            return
         pairs = self.state.pool.load(request.id, self.state.blocks.table(request.id))
         copy_blocks(self.host, self.kv, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
@@ -72,6 +85,9 @@ class RealDevice:
             going.append(self.outward.submit(Urgency.OFFLOAD, self.kv, self.host, pairs))
 
     def evict(self, request: Request) -> None:
+        if request.id in self._fresh:  # nothing of it is here yet
+            self._fresh.remove(request.id)
+            return
         transfer = self._coming.pop(request.id, None)
         if transfer is not None:
             self.inward.drop(transfer)
@@ -115,3 +131,14 @@ def copy_bytes_per_s(kv: PagedKV, host: PagedKV, repeats: int = 5) -> float:
             torch.cuda.synchronize()
         best_s = min(best_s, time.perf_counter() - begin_s)
     return len(blocks) * kv.block_bytes / best_s
+
+
+def predicted_copy_bytes_per_s(kv: PagedKV, host: PagedKV, memory_bytes_per_s: float) -> float:
+    """On paper: a block takes its bytes at the rate of memory, and each of its pieces the time of an empty copy."""
+    tiny = torch.zeros(1)
+    begin_s = time.perf_counter()
+    for _ in range(EMPTY_COPIES):
+        kv.arena.view(-1)[:1].copy_(tiny)
+    empty_s = (time.perf_counter() - begin_s) / EMPTY_COPIES
+    pieces = 1 if host.layout == "block_first" else host.layers
+    return kv.block_bytes / (kv.block_bytes / memory_bytes_per_s + pieces * empty_s)

@@ -36,10 +36,11 @@ class Device(Protocol):
         """A token for each request; returns when they are there."""
 
     def stage_s(self, took_s: float, predicted_s: float) -> float:
-        """What the batch takes on each of the other stages."""
+        """What the batch takes on each of the other stages; predicted_s: of decoding alone."""
 
     def place(self, request: Request) -> None:
-        """Its keys and values are on the device, as a prefill that ran here would have left them."""
+        """Its keys and values are on the device, as a prefill that ran here would have left them; of a request that the
+        pool has nothing of, from its first step on, which computes them."""
 
     def fetch(self, request: Request) -> None:
         """Starts copying them from the host, beside the computation."""
@@ -66,6 +67,7 @@ class Policy:
         stages: a batch is back after so many times its own step.
         steal: batches are kept equally large; without it a request stays in the batch it came into.
         offload: batches that wait may leave the device.
+        phases: prompts are computed in a phase of their own; otherwise each with the step of the batch it joins.
         fixed_share: of the device's blocks that are fetched in a step; 0 = as many as its time allows.
     """
 
@@ -73,6 +75,7 @@ class Policy:
     stages: int
     steal: bool = True
     offload: bool = False
+    phases: bool = True
     fixed_share: float = 0.0
 
 
@@ -157,7 +160,8 @@ class Rotation:
         self.state.launch(plan)
         tokens = self.device.run(plan)
         end_s = self.device.now_s()
-        self._ready_s[slot] = begin_s + self.policy.stages * self.device.stage_s(end_s - begin_s, predicted_s)
+        predicted_s = self.device.stage_s(end_s - begin_s, predicted_s)
+        self._ready_s[slot] = begin_s + self.policy.stages * predicted_s
         self.state.complete(plan, tokens, end_s)
         if self.policy.offload:
             for request in batch:

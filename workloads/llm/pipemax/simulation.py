@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from saih.core import Params
 from workloads.llm import trace
@@ -10,7 +11,7 @@ from workloads.llm.allocator import BlockAllocator
 from workloads.llm.config import preset
 from workloads.llm.machines import machine
 from workloads.llm.pipemax import spec
-from workloads.llm.pipemax.predictor import predict
+from workloads.llm.pipemax.expected import StageModel, expect
 from workloads.llm.pipemax.rotation import Policy, Rotation
 from workloads.llm.pipemax.simulated import SimulatedDevice
 from workloads.llm.pool import HostPool, PooledState
@@ -25,9 +26,9 @@ MOST_REQUESTS = 4096
 def policy(variant: str, stages: int) -> Policy:
     """What a variant is. Tensor parallelism is one batch, and one stage; with offloading, three that take turns."""
     return {
-        "tp": Policy(1, 1),
+        "tp": Policy(1, 1, phases=False),
         "tp-offload": Policy(3, 1, offload=True),
-        "pp-resident": Policy(stages, stages, steal=False),
+        "pp-resident": Policy(stages, stages, steal=False, phases=False),
         "td-pipe": Policy(stages, stages),
         "pipemax": Policy(stages, stages, offload=True),
         "pipemax-static": Policy(stages, stages, offload=True, fixed_share=spec.STATIC_SHARE),
@@ -40,11 +41,11 @@ def rows(params: Params, seed: int) -> list[TraceRow]:
     return [row._replace(new_tokens=min(row.new_tokens, spec.LONGEST_NEW_TOKENS)) for row in found]
 
 
-def prefilled(requests: list[Request], pool: HostPool) -> None:
-    """All but the last token of each prompt is in the pool."""
+def prefilled(requests: Sequence[Request], pool: HostPool, held: bool = True) -> None:
+    """All but the last token of each prompt is computed; the pool holds it, unless the first step is to compute it."""
     for request in requests:
         request.computed = len(request.prompt) - 1
-        if pool.enter(request):
+        if pool.enter(request) and held:
             pool.hold(request.id, request.computed)
 
 
@@ -66,9 +67,9 @@ def figures(rotation: Rotation) -> dict[str, float]:
 
 
 def run(params: Params, seed: int) -> dict[str, float]:
-    """Figures of the trace in simulated time, and what `predictor` says beforehand."""
+    """Figures of the trace in simulated time, and what is to be expected on paper."""
     stage, the = spec.stage(params), machine(str(params["machine"]))
-    variant = str(params["variant"])
+    chosen = policy(str(params["variant"]), int(params["stages"]))
     pool = HostPool(POOL_BLOCKS, spec.BLOCK_TOKENS)
     state = PooledState(BlockAllocator(stage.kv_blocks, spec.BLOCK_TOKENS), pool)
     block_bytes = int(spec.BLOCK_TOKENS * stage.kv_bytes_per_token)
@@ -81,24 +82,24 @@ def run(params: Params, seed: int) -> dict[str, float]:
         copies * spec.COPY_S,
         str(params["order"]),
         prefill_s_per_token=stage.prefill_s_per_token,
-        phases=variant not in ("tp", "pp-resident"),
+        phases=chosen.phases,
     )
     requests = trace.to_requests(rows(params, seed))
     prefilled(requests, pool)
-    chosen = policy(variant, int(params["stages"]))
     rotation = Rotation(state, chosen, device, stage.model, block_bytes, MOST_REQUESTS)
     rotation.serve(requests)
     tokens, took_s = sum(len(each.generated) for each in requests), device.now_s()
-    foreseen = predict(
-        stage.kv_blocks * block_bytes,
-        stage.weight_bytes,
-        int(params["stages"]),
-        the.host_bytes_per_s / the.memory_bytes_per_s,
+    on_paper = StageModel(
+        stage.kv_blocks * spec.BLOCK_TOKENS,
+        stage.model,
+        stage.prefill_s_per_token,
+        device.rate / stage.kv_bytes_per_token,
     )
-    found = figures(rotation) | {
-        "tokens_per_s": tokens / took_s,
-        "decode_tokens_per_s": tokens / (took_s - device.prefill_s),
-        "predicted_gain": foreseen.gain,
-        "predicted_batch": foreseen.batch,
+    expected = expect(requests, on_paper, chosen)
+    found = {name: value for name, value in figures(rotation).items() if not name.startswith("estimator")}
+    found |= {"tokens_per_s": tokens / took_s, "decode_tokens_per_s": tokens / (took_s - device.prefill_s)}
+    return {f"simulated_{name}": value for name, value in found.items()} | {
+        "predicted_simulated_tokens_per_s": expected.tokens_per_s,
+        "predicted_simulated_mean_batch": expected.batch,
+        "predicted_moved_share": expected.moved_share,
     }
-    return {f"simulated_{name}": value for name, value in found.items()}

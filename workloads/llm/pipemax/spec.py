@@ -50,7 +50,7 @@ PARAMETERS = (
     ),
     Parameter("stages", 8, "stages", "pipeline stages, and batches that take turns", minimum=2),
     Parameter("trace", "sharegpt", "", "lengths with the means of a data set", choices=TRACES),
-    Parameter("requests", 120, "requests", "of the trace, all prefilled and on the host at the start", minimum=1),
+    Parameter("requests", 120, "requests", "of the trace, all there at the start", minimum=1),
     Parameter("shrink", 4, "", "emulated: lengths are divided by it", minimum=1),
     Parameter("kv_tokens", 4096, "tokens", "emulated: KV arena of the device", minimum=64),
     Parameter("memory_gb", 0.0, "GB", "simulated: cap of a device's memory; 0 = none", minimum=0),
@@ -80,8 +80,8 @@ def _over(name: str, text: str, over: str, target: float, paper: str = "", **whe
 
 
 CLAIMS = (
-    _over("over-td-pipe", "decode tokens/s over td-pipe (emulated link)", "td-pipe", 1.15, "up to 1.42x"),
-    _over("over-pp-resident", "decode tokens/s over pp-resident (emulated link)", "pp-resident", 1.3, "up to 2.51x"),
+    _over("over-td-pipe", "tokens/s over td-pipe (emulated link)", "td-pipe", 1.15, "up to 1.42x"),
+    _over("over-pp-resident", "tokens/s over pp-resident (emulated link)", "pp-resident", 1.3, "up to 2.51x"),
     Claim(
         "larger-batch",
         "requests in a batch over td-pipe, same arena (emulated link)",
