@@ -323,12 +323,6 @@ def test_a_trace_of_azure_is_served_from_end_to_end(tmp_path: Path) -> None:
     assert asked[90].arrival_s == pytest.approx(90.0)
 
 
-def test_the_starvation_bound_shortens_the_longest_wait_of_a_busy_server() -> None:
-    settings = {"trace": "longbench", "requests": 800, "kv_tokens": 0, "rate": 7.0, "attention": "ragged"}
-    free, bounded = (simulation.run(simulated(**settings, starvation_s=bound), 0) for bound in (0.0, 5.0))
-    assert bounded["simulated_ttft_max_s"] < 0.8 * free["simulated_ttft_max_s"]
-
-
 def test_prompts_can_be_part_of_a_step_and_transformers_serves_the_same_tokens() -> None:
     package("transformers")
     made = {

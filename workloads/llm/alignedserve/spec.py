@@ -91,21 +91,15 @@ STARVATION_S = 5.0
 AXES = (
     Axis("data", "requests", tuple(Rung(str(n), {"requests": n}, n) for n in (24, 96, 384, 1000, 10000))),
     Axis("short", "% of requests", tuple(Rung(str(s), {"trace": f"short-{s}"}, s) for s in SHORT_SHARES)),
-    Axis(
-        "policy",
-        "",
-        tuple(
-            Rung(label, settings, place)
-            for place, (label, settings) in enumerate(
-                {
-                    "fcfs": {"variant": "fcfs", "starvation_s": 0.0},
-                    "aligned": {"variant": "aligned", "starvation_s": 0.0},
-                    "aligned-bounded": {"variant": "aligned", "starvation_s": STARVATION_S},
-                }.items()
-            )
-        ),
-    ),
-)
+    Axis("policy", "", tuple(
+        Rung(label, {"variant": variant, "starvation_s": bound_s}, place)
+        for place, (label, variant, bound_s) in enumerate((
+            ("fcfs", "fcfs", 0.0),
+            ("aligned", "aligned", 0.0),
+            ("aligned-bounded", "aligned", STARVATION_S),
+        ))
+    )),
+)  # fmt: skip
 
 ALIGNED, FCFS = {"variant": "aligned"}, {"variant": "fcfs"}
 _PAPER_SPEED = {

@@ -129,6 +129,7 @@ class Rotation:
                 self._place(slot)
         turn = idle = 0
         while self.state.busy:
+            self.state.admit()
             slot = turn % self.policy.slots
             ran = self._turn(slot)
             idle = 0 if ran else idle + 1
