@@ -174,7 +174,7 @@ def _simulated_ttft(name: str, text: str, metric: str, over: str, target: float,
 
 
 CLAIMS = (
-    _real("padded", 3.0, "none of padding"),
+    _real("padded", 3.0, ""),
     _real("ragged", 1.0, "1.32x over vLLM at OPT-2.7B, 95 % short"),
     *(_simulated_speed(trace, kernel) for trace in _PAPER_SPEED for kernel in KERNELS),
     *(_simulated_p99(trace, kernel) for trace in _PAPER_P99 for kernel in KERNELS),
