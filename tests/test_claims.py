@@ -1,5 +1,6 @@
 """Claims: every verdict from a table whose ratios are known, and pairs that differ in nothing but the claim."""
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -294,3 +295,23 @@ def test_a_claim_on_a_number_of_the_check() -> None:
     assert told["verdict"] == "holds"
     assert told["predicted"] is None
     assert judge(likeness, variants(0.5, 0.5, 0.5))["why"] == "no measured point has check_ssim"
+
+
+def test_a_workload_may_predict_its_own_numbers() -> None:
+    predictions = {"new": 8.0, "old": 2.0}
+    rows = [row | {"check_predicted_work_per_s": predictions[row["label_variant"]]} for row in variants(0.5, 0.5)]
+    rows = [row | {"work_per_s": 1.0} for row in rows]
+    assert judge(replace(FASTER, metric="work_per_s"), rows)["predicted"] == pytest.approx(4)
+    quality = replace(FASTER, metric="check_ssim")
+    rows = [row | {"check_ssim": 1.0, "check_predicted_ssim": predictions[row["label_variant"]]} for row in rows]
+    assert judge(quality, rows)["predicted"] == pytest.approx(4)
+    assert judge(FASTER, rows)["predicted"] == pytest.approx(0.5), "of another metric it says nothing"
+
+
+def test_one_repeat_of_simulated_time_decides() -> None:
+    rows = [row | {"check_simulated_s": 3.0 if row["label_variant"] == "new" else 2.0} for row in variants(0.5)]
+    slower = Claim("slower", "", "check_simulated_s", {"variant": "new"}, {"variant": "old"}, 1.4)
+    told = judge(slower, rows)
+    assert told["verdict"] == "holds"
+    assert told["interval"] == pytest.approx([1.5, 1.5])
+    assert judge(replace(slower, target=1.6), rows)["verdict"] == "fails"

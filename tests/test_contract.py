@@ -187,7 +187,7 @@ def test_cost_is_a_pure_function_of_the_parameters(name: str) -> None:
     """Over the grid of all axes, drawn from where it is large; what has no sense raises SaihError and nothing else."""
     spec = workload.spec(name)
     grid = list(itertools.product(*(axis.rungs for axis in spec.AXES)))
-    for rungs in random.Random(name).sample(grid, min(len(grid), LARGEST_GRID)):
+    for rungs in random.Random(name).sample(grid, min(len(grid), LARGEST_GRID)):  # noqa: S311
         params = defaults(name)
         for rung in rungs:
             params |= rung.params

@@ -14,8 +14,8 @@ from saih.core import Context, Place, Point, Work
 from saih.errors import SaihError
 from saih.timing import Unclocked
 from tests.conftest import package
-from workloads.llm import config, loader, stepcost
-from workloads.llm.generation import bench, peers, spec
+from workloads.llm import config, loader, peers, stepcost
+from workloads.llm.generation import bench, spec
 from workloads.llm.model import Stage
 from workloads.llm.request import Request
 

@@ -13,6 +13,10 @@ from saih.analysis.intervals import log_mean_interval
 from saih.core import EXPERIMENTS, Claim
 
 ENDS = ("first", "last")
+SIMULATED = "check_simulated_"
+"""So begin the names of numbers in simulated time: every repeat gives the same, so that one says all."""
+PREDICTED = "check_predicted_"
+"""Before a metric's name: what the workload itself predicts of it at a point."""
 
 
 def evaluate(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> dict[str, Any]:
@@ -52,6 +56,8 @@ def _ratio(claim: Claim, pairs: pd.DataFrame) -> dict[str, Any]:
     logs = np.log(pairs["ratio"]).groupby(pairs["repeat"]).mean().to_numpy()
     ratio, low, high = log_mean_interval(logs)
     interval = None if np.isnan(low) else [low, high]
+    if claim.metric.startswith(SIMULATED):
+        interval = [ratio, ratio]
     return {"measured": ratio, "interval": interval, "predicted": _predicted(claim, pairs)}
 
 
@@ -156,7 +162,10 @@ def _select(table: pd.DataFrame, points: pd.DataFrame, labels: Mapping[str, str]
 
 
 def _prediction(points: pd.DataFrame, table: pd.DataFrame, metric: str) -> pd.Series:
-    """The planned value of the metric, up to a factor that cancels in a ratio; NaN where none is planned."""
+    """What the workload predicts of the metric; else its plan, up to a factor that cancels in a ratio; else NaN."""
+    told = PREDICTED + metric.removeprefix("check_")
+    if told in table and table[told].notna().any():
+        return table[told]
     planned = points.loc[table.index]
     ranks = planned["param_nodes"] * planned["param_gpus"]
     amount = {
@@ -171,7 +180,7 @@ def _prediction(points: pd.DataFrame, table: pd.DataFrame, metric: str) -> pd.Se
 
 
 def _predicted(claim: Claim, pairs: pd.DataFrame) -> float | None:
-    """The roofline's ratio; it knows nothing of communication, so it says nothing where ranks differ."""
+    """The ratio of predictions; the roofline knows nothing of communication, so it says nothing where ranks differ."""
     if {"nodes", "gpus"} & {*claim.numerator, *claim.denominator}:
         return None
     ratio = float(np.exp(np.log(pairs["predicted"]).mean()))

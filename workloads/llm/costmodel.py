@@ -1,4 +1,4 @@
-"""How long a batch takes: a linear model in what it asks of the device, fitted to measurements."""
+"""The cost model of batches fitted to measurements."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -8,32 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saih.errors import SaihError
+from workloads.llm.costs import CostModel as CostModel
 from workloads.llm.scheduler import Load
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Seconds of a batch as a sum over its `Load`; no term is negative.
-
-    `per_longest_token_s` is what makes long requests slow down short ones beside them (padding, or one block of threads
-    for each sequence); without it, grouping requests by length cannot raise throughput at a given KV budget. A prefill
-    token costs the same wherever it stands: attention over a long prompt grows faster than this model.
-    """
-
-    fixed_s: float = 0.0
-    per_decode_s: float = 0.0
-    per_context_token_s: float = 0.0
-    per_longest_token_s: float = 0.0
-    per_prefill_token_s: float = 0.0
-
-    def step_s(self, load: Load) -> float:
-        return (
-            self.fixed_s
-            + self.per_decode_s * load.decodes
-            + self.per_context_token_s * load.context_tokens
-            + self.per_longest_token_s * load.longest_tokens
-            + self.per_prefill_token_s * load.prefill_tokens
-        )
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,11 @@ def bimodal(short_tokens: int, long_tokens: int, short_share: float) -> Lengths:
 LENGTHS: dict[str, tuple[Lengths, Lengths]] = {
     "sharegpt": (lognormal(343.76), lognormal(237.20)),
     "longbench": (lognormal(2686.89), lognormal(101.78)),
+    "azure-conv": (lognormal(1154.70, 0.99), lognormal(211.13, 0.86)),
+    "azure-code": (lognormal(2047.85, 1.36), lognormal(27.88, 0.85)),
 }
-"""Prompt and output lengths with the means that arXiv 2605.02189 gives for these data sets."""
+"""Prompt and output lengths: means that arXiv 2605.02189 gives for these data sets; for Azure, means and sigma of its
+AzureLLMInferenceTrace_conv.csv (19366 requests) and _code.csv (8819), whose prompts end at 14050 and 7437 tokens."""
 
 
 def short_long(short_share: float, new_tokens: Lengths) -> tuple[Lengths, Lengths]:

@@ -10,10 +10,10 @@ import torch
 
 from saih.core import Check, Clock, Context, Params, Point, Work
 from saih.errors import SaihError
-from workloads.llm import loader, metrics, stepcost
-from workloads.llm.attention import AttnMeta
+from workloads.llm import loader, metrics, peers, stepcost
+from workloads.llm.check import TOLERANCE, check_tokens, logit_gaps
 from workloads.llm.engine import Engine
-from workloads.llm.generation import peers, spec
+from workloads.llm.generation import spec
 from workloads.llm.model import Stage
 from workloads.llm.prepack import prepack
 from workloads.llm.request import Request
@@ -23,8 +23,6 @@ from workloads.llm.trace import to_requests
 from workloads.llm.worker import Step, Worker
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.15}
-"""How far below the best logit a chosen token may be, in standard deviations of the logits: what rounding decides."""
 
 
 def setup(point: Point, context: Context) -> Serving | OneStep:
@@ -119,28 +117,10 @@ class Serving:
         core's full forward pass: no cache, no batching, no prepacked matrices."""
         served = _fresh(self.trace)
         found = self.generator.generate(served)
-        wrong = [
-            request.id
-            for request, tokens in zip(self.trace, found, strict=True)
-            if len(tokens) != request.max_new_tokens
-        ]
-        if wrong:
-            return Check(
-                False,
-                {"requests_of_wrong_length": len(wrong)},
-                f"requests {wrong[:5]} have too few tokens, or too many",
-            )
-        stage = stage_of(self.point, self.device)
-        gaps = torch.cat([_gaps(stage, request, tokens) for request, tokens in zip(self.trace, found, strict=True)])
-        allowed = TOLERANCE[str(self.point.params["precision"])]
-        numbers = {
-            "tokens": float(len(gaps)),
-            "tokens_not_first": float((gaps > 0).sum()),
-            "largest_gap_std": float(gaps.max()),
-        }
-        if isinstance(self.generator, OurEngine):
-            numbers |= self.generator.figures(served)
-        return Check(numbers["largest_gap_std"] <= allowed, numbers, _why(numbers["largest_gap_std"]))
+        asked = [(request.prompt, request.max_new_tokens) for request in self.trace]
+        check = check_tokens(stage_of(self.point, self.device), asked, found)
+        figures = self.generator.figures(served) if isinstance(self.generator, OurEngine) and check.passed else {}
+        return Check(check.passed, {**check.numbers, **figures}, check.why)
 
     def ablate(self, part: str) -> None:
         if not isinstance(self.generator, OurEngine):
@@ -181,8 +161,8 @@ class OneStep:
         """The tokens of both steps are the most likely ones, says the full forward pass."""
         stage = stage_of(self.point, self.device)
         pairs = zip(self.requests, self.first, self._tokens(self.decode), strict=True)
-        gap = max(float(_gaps(stage, request, [a, b]).max()) for request, a, b in pairs)
-        return Check(gap <= TOLERANCE[str(self.point.params["precision"])], {"largest_gap_std": gap}, _why(gap))
+        gap = max(float(logit_gaps(stage, request.prompt, [a, b]).max()) for request, a, b in pairs)
+        return Check(gap <= TOLERANCE[stage.dtype], {"largest_gap_std": gap}, _why(gap))
 
     def ablate(self, part: str) -> None:
         """The model is not run; packing a batch and choosing tokens are what is left."""
@@ -212,14 +192,3 @@ def _work(params: Params, seed: int) -> Work:
         float(sum(stepcost.forward_flop(model, batch) for batch in batches)),
         float(sum(stepcost.step_bytes(model, batch, word) for batch in batches)),
     )
-
-
-@torch.inference_mode()
-def _gaps(stage: Stage, request: Request, tokens: Sequence[int]) -> torch.Tensor:
-    """How far each token is below the most likely one at its place, in standard deviations of the logits."""
-    ids = torch.tensor([*request.prompt, *tokens[:-1]], device=stage.device)
-    places = torch.arange(len(request.prompt) - 1, len(ids), device=stage.device)
-    logits_RV = stage(ids, AttnMeta.packed([len(ids)], device=stage.device), None, places).float()
-    chosen_R = logits_RV.gather(1, torch.tensor(tokens, device=stage.device)[:, None])[:, 0]
-    gaps_R: torch.Tensor = (logits_RV.amax(1) - chosen_R) / logits_RV.std(1)
-    return gaps_R.cpu()

@@ -129,8 +129,9 @@ class Store:
         self.entries[entry.key, entry.prompt, entry.seed] = entry
         self.bytes += entry.bytes
         self.peak_bytes = max(self.peak_bytes, self.bytes)
-        if entry.latents:
-            self._index.pop(entry.key, None)
+        if entry.latents and entry.key in self._index:
+            matrix, entries = self._index[entry.key]
+            self._index[entry.key] = torch.cat([matrix, entry.embedding[None]]), [*entries, entry]
 
     def _victim(self) -> tuple[Key, str, int]:
         if self.eviction == LRU:

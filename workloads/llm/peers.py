@@ -168,13 +168,17 @@ class ContinuousBatches:
     Blocks are not shared: the same prompts come again in every step, and would be found in the cache.
     """
 
-    def __init__(self, model: Any, requests: Sequence[Request], max_requests: int, max_tokens: int) -> None:
+    def __init__(
+        self, model: Any, requests: Sequence[Request], max_requests: int, max_tokens: int, cache_tokens: int = 0
+    ) -> None:
+        """cache_tokens: room of the cache; 0 = for as many of the longest request as a batch may have."""
         transformers = _package("transformers")
         settings = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        blocks = -(-cache_tokens // BLOCK_TOKENS) or max_requests * -(-longest // BLOCK_TOKENS)
         batching = transformers.ContinuousBatchingConfig(
             block_size=BLOCK_TOKENS,
-            num_blocks=max_requests * -(-longest // BLOCK_TOKENS) + 1,
+            num_blocks=blocks + 1,
             max_batch_tokens=max_tokens,
             max_requests_per_batch=max_requests,
             allow_block_sharing=False,

@@ -1,0 +1,251 @@
+"""PipeMax: batches within their budget, nobody lost, the tokens of resident batches, and the predictor's bounds."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saih import workload
+from saih.core import Context, Place, Point
+from saih.errors import SaihError
+from workloads.llm.allocator import BlockAllocator
+from workloads.llm.config import preset
+from workloads.llm.costs import CostModel
+from workloads.llm.machines import MACHINES
+from workloads.llm.pipemax import bench, simulation, spec
+from workloads.llm.pipemax.compose import MOST_SKIPPED, Candidate, Held, compose
+from workloads.llm.pipemax.expected import StageModel, expect
+from workloads.llm.pipemax.predictor import predict, predict_on, table
+from workloads.llm.pipemax.rotation import Rotation
+from workloads.llm.pipemax.simulated import SimulatedDevice
+from workloads.llm.pool import HostPool, PooledState
+from workloads.llm.request import Phase, Request
+from workloads.llm.scheduler import Load
+
+MODEL = CostModel(fixed_s=10.0, per_decode_s=0.1, per_context_token_s=0.01)
+
+
+def params(**settings: Any) -> dict[str, Any]:
+    defaults = {name: each.default for name, each in workload.parameters(workload.spec("pipemax")).items()}
+    return defaults | settings
+
+
+CANDIDATES = st.lists(st.tuples(st.integers(1, 400), st.integers(0, MOST_SKIPPED + 1)), max_size=20).map(
+    lambda drawn: [Candidate(n, tokens, -(-tokens // 16), skipped) for n, (tokens, skipped) in enumerate(drawn)]
+)
+
+
+@given(CANDIDATES, st.integers(0, 120), st.floats(0, 30))
+def test_a_batch_is_within_its_budget_and_has_nobody_twice(
+    candidates: list[Candidate], blocks: int, target_s: float
+) -> None:
+    chosen = compose(Held(2, 300), candidates, blocks, MODEL, target_s)
+    assert sum(each.blocks for each in chosen) <= blocks
+    assert len({each.id for each in chosen}) == len(chosen)
+    assert set(chosen) <= set(candidates)
+    late = [each for each in candidates if each.skipped >= MOST_SKIPPED]
+    if sum(each.blocks for each in late) <= blocks:
+        assert set(late) <= set(chosen), "who was skipped too often goes first"
+    if not target_s and not late:
+        most = 0
+        for each in sorted(each.blocks for each in candidates):
+            if each > blocks:
+                break
+            blocks, most = blocks - each, most + 1
+        assert len(chosen) == most, "warming up: as many as can be"
+
+
+def test_a_steady_batch_ends_at_its_target_and_swaps_to_fill_its_budget() -> None:
+    short, long = Candidate(0, 16, 1), Candidate(1, 160, 10)
+    assert compose(Held(5, 100), [short], 99, MODEL, 11.4) == [], "the batch takes as long as the others already"
+    assert compose(Held(5, 100), [short, long], 10, MODEL, 14.0) == [long], "10 blocks are used, not 1"
+    assert compose(Held(5, 100), [short, long], 10, MODEL, 11.6) == [short], "the long one would take too long"
+
+
+@pytest.mark.parametrize(
+    ("machine", "moved", "gain"), [("rtx5090", 0.36, 1.33), ("l20", 0.20, 1.14), ("h200", 0.03, 1.01)]
+)
+def test_the_predictor_gives_the_derived_table(machine: str, moved: float, gain: float) -> None:
+    found = predict_on(MACHINES[machine], preset("llama-70b"))
+    assert found.moved_share == pytest.approx(moved, abs=0.02)
+    assert found.gain == pytest.approx(gain, abs=0.02)
+    assert any(line.startswith(machine) for line in table(preset("llama-70b"), "llama-70b"))
+
+
+@given(st.floats(1e6, 1e12), st.floats(0, 1e12), st.integers(2, 16), st.floats(0, 1))
+def test_a_prediction_keeps_to_its_own_equations(kv: float, weights: float, stages: int, link: float) -> None:
+    found = predict(kv, weights, stages, link)
+    held = found.batch * kv / stages
+    assert 0 <= found.moved_share <= 1
+    assert held * (stages * (1 - found.moved_share) + 2 * found.moved_share) == pytest.approx(kv)
+    assert found.moved_share <= link * (weights / held + 1) * 1.001 + 1e-9
+    assert 1 - 1e-9 <= found.gain <= found.batch * (1 + 1e-9)
+    assert found.batch <= stages / 2 + 1e-9
+    with pytest.raises(SaihError, match="no room"):
+        predict(0.0, weights, stages, link)
+
+
+def rotation_of(variant: str, blocks: int, link: float, stages: int = 4) -> tuple[Rotation, SimulatedDevice]:
+    pool = HostPool(20_000, 16)
+    state = PooledState(BlockAllocator(blocks, 16), pool)
+    model = CostModel(1e-2, 1e-5, 1e-7)
+    device = SimulatedDevice(state, model, 1000, link, 0.0, "priority")
+    return Rotation(state, simulation.policy(variant, stages), device, model, 1000), device
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from(spec.VARIANTS),
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 30)), min_size=1, max_size=40),
+    st.sampled_from([1e5, 1e6, 1e9]),
+)
+def test_everybody_is_served_and_arenas_are_empty_at_the_end(
+    variant: str, lengths: list[tuple[int, int]], link: float
+) -> None:
+    rotation, _ = rotation_of(variant, 100, link)
+    requests = [Request(n, range(prompt), new) for n, (prompt, new) in enumerate(lengths)]
+    simulation.prefilled(requests, rotation.state.pool)
+    rotation.serve(requests)
+    assert all(len(each.generated) == each.max_new_tokens for each in requests)
+    assert rotation.state.blocks.free_blocks == 100
+    assert rotation.state.pool.blocks.free_blocks == 20_000
+    assert sum(turn.requests for turn in rotation.turns) == sum(new for _, new in lengths)
+    for request in requests:
+        assert request.token_s == sorted(request.token_s)
+
+
+@pytest.mark.parametrize("variant", ["td-pipe", "pipemax"])
+def test_a_soak_with_cancellations_loses_nobody(variant: str) -> None:
+    rotation, _ = rotation_of(variant, 400, 1e6, stages=8)
+    rng = random.Random(5)  # noqa: S311
+    requests = [Request(n, range(rng.randint(1, 200)), rng.randint(1, 12)) for n in range(5000)]
+    simulation.prefilled(requests, rotation.state.pool)
+    complete, unwanted = rotation.state.complete, rng.sample(requests, 500)
+
+    def complete_and_cancel(*words: Any) -> Any:
+        if unwanted and rng.random() < 0.2:
+            request = unwanted.pop()
+            if request.phase in (Phase.WAITING, Phase.RUNNING):
+                rotation.state.cancel(request)
+        return complete(*words)
+
+    rotation.state.complete = complete_and_cancel  # type: ignore[method-assign]
+    rotation.serve(requests)
+    ended = {phase: sum(each.phase is phase for each in requests) for phase in Phase}
+    assert ended[Phase.FINISHED] + ended[Phase.CANCELLED] == 5000
+    assert ended[Phase.CANCELLED] > 100
+    assert rotation.state.blocks.free_blocks == 400
+    assert rotation.state.pool.blocks.free_blocks == 20_000
+
+
+def test_offloading_makes_batches_larger_where_the_link_is_fast_enough() -> None:
+    batch = {}
+    for variant in ("td-pipe", "pipemax"):
+        rotation, _ = rotation_of(variant, 400, 1e7, stages=8)
+        requests = [Request(n, range(100), 40) for n in range(600)]
+        simulation.prefilled(requests, rotation.state.pool)
+        rotation.serve(requests)
+        batch[variant] = simulation.figures(rotation)["mean_batch"]
+    assert batch["pipemax"] > 1.3 * batch["td-pipe"]
+
+
+def test_unequal_batches_wait_for_each_other() -> None:
+    """A batch is back after S of its own steps: one long and one short one leave the stage idle."""
+    rotation, device = rotation_of("pp-resident", 4000, 1e9, stages=2)
+    requests = [Request(n, range(n % 2 * 5000 + 10), 5) for n in range(2)]
+    simulation.prefilled(requests, rotation.state.pool)
+    rotation.serve(requests)
+    busy_s = sum(turn.end_s - turn.begin_s for turn in rotation.turns)
+    long_s = max(turn.end_s - turn.begin_s for turn in rotation.turns)
+    assert sum(turn.bubble_s for turn in rotation.turns) > 0
+    assert device.now_s() == pytest.approx(9 * long_s, rel=0.05), "four turns there and back, and one there"
+    assert busy_s < device.now_s()
+
+
+def ready(**settings: Any) -> Any:
+    tiny = {"shape": "llama-tiny", "requests": 40, "shrink": 16, "kv_tokens": 384, "stages": 4}
+    point = Point("pipemax", params(**(tiny | settings)), seed=4)
+    return bench.setup(point, Context(Place(0, 0, 1), "cpu", "/nowhere"))
+
+
+def test_tokens_are_those_of_resident_batches() -> None:
+    found = {}
+    cases = [("td-pipe", "block_first", "priority"), ("pp-resident", "block_first", "priority")]
+    cases += [("pipemax", layout, order) for layout in ("block_first", "layer_first") for order in ("priority", "fifo")]
+    cases += [("pipemax-static", "block_first", "priority")]
+    moved = 0.0
+    for variant, layout, order in cases:
+        made = ready(variant=variant, layout=layout, order=order)
+        check = made.check()
+        assert check.passed, check.why
+        moved += check.numbers["fetched_blocks_per_turn"] if variant == "pipemax" else 0.0
+        found[variant, layout, order] = [each.generated for each in made._decode()[1]]
+    assert moved > 0, "blocks went to the host and came back"
+    resident = found["td-pipe", "block_first", "priority"]
+    assert len({token for each in resident for token in each}) > 10, "tokens vary, so errors would show"
+    assert all(each == resident for each in found.values())
+
+
+def test_a_fetch_that_goes_wrong_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workloads.llm.copythread.copy_blocks", lambda *words: None)
+    assert not ready().check().passed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gpus": 2}, "replays one stage on one rank"),
+        ({"variant": "tp"}, "simulated only"),
+        ({"emulated_link": 0.0}, "emulated_link must be above 0"),
+        ({"time": "simulated", "shape": "gpt-175b"}, "have no room for gpt-175b"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_planning(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SaihError, match=message):
+        spec.cost(params(**settings))
+
+
+def trace_of(count: int, prompt: int, new: int) -> list[Request]:
+    return [Request(number, range(prompt), new) for number in range(count)]
+
+
+@given(st.integers(3, 16), st.floats(1e-3, 0.3), st.floats(1e-4, 1e-1))
+def test_without_a_cost_of_requests_the_gain_on_paper_is_the_predictors(
+    stages: int, link: float, fixed_s: float
+) -> None:
+    """A fixed time of W tokens' reading, prompts for nothing: (x / (W + x)) / (x0 / (W + x0))."""
+    per_token_s = 1e-6
+    stage = StageModel(1e5, CostModel(fixed_s, 0.0, per_token_s), 0.0, link / per_token_s)
+    plenty = trace_of(10_000, 90, 20)
+    resident, moving = (expect(plenty, stage, simulation.policy(name, stages)) for name in ("td-pipe", "pipemax"))
+    told = predict(1e5, fixed_s / per_token_s, stages, link)
+    assert moving.tokens_per_s / resident.tokens_per_s == pytest.approx(told.gain, rel=1e-6)
+    assert moving.batch / resident.batch == pytest.approx(told.batch, rel=1e-6)
+
+
+def test_a_fixed_budget_moves_its_share_of_the_cache_each_step() -> None:
+    stage = StageModel(1e5, CostModel(1e-2, 0.0, 1e-6), 0.0, 1e9)
+    found = expect(trace_of(10_000, 90, 20), stage, simulation.policy("pipemax-static", 8))
+    assert found.moved_share * found.batch * 100 == pytest.approx(spec.STATIC_SHARE * 1e5)
+
+
+def test_prompts_take_their_time_on_paper() -> None:
+    stage = StageModel(1e4, CostModel(1e-2), 1e-4, 0.0)
+    found = expect(trace_of(1000, 50, 10), stage, simulation.policy("tp", 8))
+    batch = 1e4 / 55
+    assert found.batch == pytest.approx(batch)
+    assert found.tokens_per_s == pytest.approx(10_000 / (10_000 * 1e-2 / batch + 1000 * 50 * 1e-4))
+
+
+def test_who_has_no_phases_computes_prompts_in_the_step_that_they_join() -> None:
+    made = ready(variant="pp-resident", requests=12)
+    rotation, requests = made._decode()
+    assert sum(each.preemptions for each in requests) == 0, "else some come from the pool"
+    assert all(rotation.state.pool.blocks.table(each.id) == [] for each in requests)
+    first = rotation.turns[0]
+    decoding_s = made.model.step_s(Load(first.requests, 0, 0, 0))
+    assert first.predicted_s > decoding_s + 1e-4, "the other stages compute these prompts too"

@@ -1,0 +1,60 @@
+"""What a variant should give of a trace on paper, from lengths, a step's model and the link: beside what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from workloads.llm.costs import CostModel
+from workloads.llm.pipemax.predictor import predict
+from workloads.llm.pipemax.rotation import Policy
+from workloads.llm.request import Request
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """One stage: room for keys and values, time of a decode step, of a prompt's token, and tokens/s of the link."""
+
+    kv_tokens: float
+    model: CostModel
+    prefill_s_per_token: float
+    link_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of a whole trace, its prompts too; batch: requests that run together."""
+
+    tokens_per_s: float
+    batch: float
+    moved_share: float
+
+
+def expect(requests: Sequence[Request], stage: StageModel, policy: Policy) -> Expected:
+    """Batches always full and equally large, nothing waits, prompts computed beside nothing: a bound from above.
+
+    With the share f of a batch away, a batch has M / (slots (1 - f) + 2 f) tokens (see `predictor`).
+    """
+    tokens = sum(each.max_new_tokens for each in requests)
+    context = sum(each.max_new_tokens * (len(each.prompt) + each.max_new_tokens / 2) for each in requests) / tokens
+    moved = _moved_share(context, stage, policy)
+    held = stage.kv_tokens / (policy.slots * (1 - moved) + 2 * moved) if policy.slots > 1 else stage.kv_tokens
+    batch = max(1.0, min(held / context, len(requests) / policy.slots))
+    model = stage.model
+    step_s = model.fixed_s + batch * (model.per_decode_s + model.per_context_token_s * context)
+    prompts_s = stage.prefill_s_per_token * sum(len(each.prompt) for each in requests)
+    return Expected(tokens / (tokens * step_s / batch + prompts_s), batch, moved)
+
+
+def _moved_share(context: float, stage: StageModel, policy: Policy) -> float:
+    """f: the fixed part of a step counts as weights, in tokens that would take as long to read.
+
+    A fixed budget of the share p of the cache a step, f x = p M, whatever the step's time.
+    """
+    if not policy.offload or policy.slots < 3:
+        return 0.0
+    if policy.fixed_share:
+        return policy.fixed_share * policy.slots / (1 + policy.fixed_share * (policy.slots - 2))
+    tokens_per_s = 1 / max(stage.model.per_decode_s / context + stage.model.per_context_token_s, 1e-15)
+    weights = stage.model.fixed_s * tokens_per_s
+    return predict(stage.kv_tokens, weights, policy.slots, stage.link_tokens_per_s / tokens_per_s).moved_share

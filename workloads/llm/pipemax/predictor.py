@@ -1,0 +1,69 @@
+"""How much larger a batch gets, and how much faster decoding, if idle batches leave the device: on paper, beforehand.
+
+S batches rotate over S stages. A stage has M bytes for their keys and values and W bytes of weights. If the share f of
+a batch's x bytes leaves the device between two turns, (1 - f) x of each batch stays, and f x is there twice more: for
+the one that runs, and the one that comes in. So x = M / (S (1 - f) + 2 f). A step reads W + x from device memory, and
+meanwhile f x come in over the link: f x / link <= (W + x) / memory. Decoding is bound by memory: it gains
+(x / (W + x)) / (x0 / (W + x0)), x0 = M / S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from saih.errors import SaihError
+from workloads.llm import stepcost
+from workloads.llm.config import ModelSpec
+from workloads.llm.machines import MACHINES, USABLE_MEMORY, Machine
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one stage."""
+
+    moved_share: float
+    """f"""
+    batch: float
+    """x / x0"""
+    gain: float
+    """Of decode throughput over resident batches."""
+
+
+def predict(kv_bytes: float, weight_bytes: float, stages: int, link_over_memory: float) -> Prediction:
+    """kv_bytes: M; link_over_memory: rate of the host link over that of the device's memory.
+
+    Raises SaihError where there is no room for keys and values.
+    """
+    if kv_bytes <= 0:
+        raise SaihError("the weights of a stage leave no room for keys and values")
+    low, high = 0.0, 1.0
+    for _ in range(60):  # f on the right falls with x, which grows with f: one crossing
+        share = (low + high) / 2
+        held = kv_bytes / (stages * (1 - share) + 2 * share)
+        low, high = (share, high) if share <= link_over_memory * (weight_bytes / held + 1) else (low, share)
+    moved = low if stages > 2 else 0.0  # of two batches one runs and one comes in: nothing can be away
+    resident = kv_bytes / stages
+    held = kv_bytes / (stages * (1 - moved) + 2 * moved)
+    gain = held / (weight_bytes + held) / (resident / (weight_bytes + resident))
+    return Prediction(moved, held / resident, gain)
+
+
+def predict_on(machine: Machine, spec: ModelSpec, word: int = 2, memory_bytes: float = 0.0) -> Prediction:
+    """One pipeline stage a device; memory_bytes: a cap, 0 = all that is usable."""
+    weights = word * stepcost.parameters(spec) / machine.devices
+    memory = USABLE_MEMORY * (memory_bytes or machine.memory_bytes)
+    ratio = machine.host_bytes_per_s / machine.memory_bytes_per_s
+    return predict(memory - weights, weights, machine.devices, ratio)
+
+
+def table(spec: ModelSpec, name: str) -> list[str]:
+    """One line for each machine that holds the model, to print."""
+    lines = [f"{'8 devices of':12} {'moved':>6} {'batch':>6} {'gain':>6}   {name}, predicted"]
+    for key, machine in MACHINES.items():
+        try:
+            found = predict_on(machine, spec)
+        except SaihError:
+            lines.append(f"{key:12} {'-':>6} {'-':>6} {'-':>6}   too small")
+            continue
+        lines.append(f"{key:12} {found.moved_share:6.2f} {found.batch:5.2f}x {found.gain:5.2f}x")
+    return lines

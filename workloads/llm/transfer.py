@@ -1,0 +1,109 @@
+"""Which copy goes next over a link: urgent ones first, in chunks; and a link in simulated time. Imports no torch.
+
+An activation never waits behind more than one chunk of something less urgent. One queue is one direction of a link.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import count, islice
+from typing import cast
+
+from saih.errors import unknown
+
+ORDERS = ("priority", "fifo")
+
+
+class Urgency(IntEnum):
+    """What a transfer is for; the smaller number goes first."""
+
+    ACTIVATION = 0
+    PREFETCH = 1
+    OFFLOAD = 2
+
+
+@dataclass(eq=False)
+class Transfer:
+    """Chunks that move one after the other."""
+
+    urgency: Urgency
+    chunk_bytes: Sequence[int]
+    moved: int = 0
+    """Chunks that have arrived."""
+    dropped: bool = False
+    """Nobody wants the rest any more."""
+    ended_s: float | None = None
+    """When the last chunk arrived, on the clock of whoever moves it."""
+
+    @property
+    def done(self) -> bool:
+        return self.dropped or self.moved == len(self.chunk_bytes)
+
+    @property
+    def remaining_bytes(self) -> int:
+        return 0 if self.dropped else sum(islice(self.chunk_bytes, self.moved, None))
+
+
+class CopyQueue:
+    """Whose chunk goes next. "priority": the most urgent transfer's; "fifo": the oldest's, whatever it is for."""
+
+    def __init__(self, order: str = "priority") -> None:
+        if order not in ORDERS:
+            raise unknown("order of transfers", order, ORDERS)
+        self.order = order
+        self._tickets = count()
+        self._heap: list[tuple[int, int, Transfer]] = []
+
+    def add(self, transfer: Transfer) -> None:
+        rank = transfer.urgency if self.order == "priority" else 0
+        heapq.heappush(self._heap, (rank, next(self._tickets), transfer))
+
+    def hurry(self, transfer: Transfer) -> None:
+        """Somebody waits for this one now: it goes before all others. Under "fifo" it keeps its place."""
+        if self.order == "priority":
+            transfer.urgency = Urgency.ACTIVATION
+            self.add(transfer)  # its old entry is skipped when it is reached, for the transfer is done by then
+
+    def next(self) -> Transfer | None:
+        """The transfer whose chunk `moved` is to be moved now; None where there is nothing to move."""
+        while self._heap and self._heap[0][2].done:
+            heapq.heappop(self._heap)
+        return self._heap[0][2] if self._heap else None
+
+
+class SimulatedLink:
+    """One direction of a link in simulated time; a chunk that moves is not stopped. `copy_s`: fixed time of a chunk."""
+
+    def __init__(self, bytes_per_s: float, copy_s: float = 0.0, order: str = "priority") -> None:
+        self.bytes_per_s, self.copy_s, self.queue = bytes_per_s, copy_s, CopyQueue(order)
+        self.busy_s = 0.0
+        self._free_s = 0.0
+
+    def submit(self, transfer: Transfer, now_s: float) -> Transfer:
+        self.advance(now_s)
+        self._free_s = max(self._free_s, now_s)
+        self.queue.add(transfer)
+        return transfer
+
+    def advance(self, now_s: float) -> None:
+        """Moves all chunks that begin before `now_s`."""
+        while self._free_s < now_s and (transfer := self.queue.next()):
+            self._move(transfer)
+
+    def finish(self, transfer: Transfer) -> float:
+        """When this transfer will have arrived if nothing else is submitted before, and it is hurried."""
+        self.queue.hurry(transfer)
+        while not transfer.done:
+            self._move(cast(Transfer, self.queue.next()))
+        return self._free_s if transfer.ended_s is None else transfer.ended_s
+
+    def _move(self, transfer: Transfer) -> None:
+        took_s = transfer.chunk_bytes[transfer.moved] / self.bytes_per_s + self.copy_s
+        self._free_s += took_s
+        self.busy_s += took_s
+        transfer.moved += 1
+        if transfer.done:
+            transfer.ended_s = self._free_s
