@@ -11,6 +11,7 @@ import torch
 from saih.core import Check, Clock, Context, Params, Point, Work
 from saih.errors import SaihError
 from workloads.llm import loader, metrics, peers, stepcost
+from workloads.llm.attention import AttnMeta
 from workloads.llm.check import TOLERANCE, check_tokens, logit_gaps
 from workloads.llm.engine import Engine
 from workloads.llm.generation import spec
