@@ -28,7 +28,7 @@ from workloads.video.probe import Probe
 from workloads.video.toy import train
 
 DEFAULTS = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
-SMALL = {"model": "toy-small", "denoise_steps": 10, "videos": 1, "rows": 8, "columns": 8, "frames": 4}
+SMALL = {"model": "toy", "denoise_steps": 10, "videos": 1, "rows": 8, "columns": 8, "frames": 4}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -312,7 +312,7 @@ def test_every_variant_saves_work_is_deterministic_and_is_told_its_worth(
     assert numbers["reused_steps"] > 0 or variant == "fewer-steps"
     assert 0 < numbers["ssim"] < 1
     assert work.units == numbers["iso_forwards"]
-    assert work.flop == pytest.approx(numbers["forwards"] * shapes.TOYS["toy-small"].forward_flop((4, 8, 8)))
+    assert work.flop == pytest.approx(numbers["forwards"] * shapes.TOYS["toy"].forward_flop((4, 8, 8)))
     if variant == "fewer-steps":
         assert numbers["iso_gain"] == 1
 

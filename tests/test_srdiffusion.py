@@ -246,7 +246,7 @@ def change(path: Path, **values: object) -> None:
 
 def test_a_pair_in_folders_is_used_as_it_is(tmp_path: Path, data: Path) -> None:
     large, small = copy_of("large", tmp_path), copy_of("small", tmp_path)
-    sizes = {"layers": 8, "width": 96, "small_layers": 3, "small_width": 72}
+    sizes = {"layers": 8, "width": 96, "small_layers": 2, "small_width": 96}
     given, _ = measured(data, model=str(large), small=str(small), variant="fixed-switch", **sizes)
     shipped, _ = measured(data, variant="fixed-switch")
     assert given.numbers["psnr_db"] == shipped.numbers["psnr_db"]
@@ -290,8 +290,8 @@ def test_pairs_that_cannot_be_are_refused(tmp_path: Path) -> None:
         spec.cost(params(model=large))
     with pytest.raises(SaihError, match="random weights go with random weights only"):
         spec.cost(params(model=large, small="random"))
-    with pytest.raises(SaihError, match="toy-small has 3 layers of width 72"):
-        spec.cost(params(small_width=96))
+    with pytest.raises(SaihError, match="toy-small has 2 layers of width 96"):
+        spec.cost(params(small_width=72))
     with pytest.raises(SaihError, match="min_switch 9 is more than max_switch 8"):
         spec.cost(params(min_switch=9, max_switch=8))
 
@@ -305,10 +305,24 @@ def test_the_pairs_of_the_paper_have_the_shares_of_work_that_they_are_known_for(
     assert spec.small_share(cogvideox) == pytest.approx(0.37, abs=0.02)
 
 
+@torch.no_grad()
+def test_some_blocks_of_a_model_are_those_blocks() -> None:
+    large = checkpoint.load(checkpoint.TOY / "large").adapter
+    latents, time, text = torch.randn(1, 1, 2, 8, 8), torch.tensor([500.0]), torch.randn(1, 7, 32)
+    state = large.embed(latents, time, {"encoder_hidden_states": text})
+    for block in (7, 2):
+        state = large.run(state, block, block + 1)
+    assert torch.equal(agree.some_blocks(large.module, (7, 2))(latents, time, text)[0], large.head(state))
+    assert torch.equal(
+        agree.some_blocks(large.module, ())(latents, time, text)[0], large.module(latents, time, text)[0]
+    )
+
+
 def test_a_small_model_learns_to_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agree, "GRID", (2, 8, 8))
     monkeypatch.setattr(agree, "STEPS", 4)
     monkeypatch.setattr(agree, "SWITCHES", (2,))
+    monkeypatch.setattr(agree, "TOGETHER", 2)
     settings = ["--videos", "4", "--batch", "2", "--rounds", "2", "--steps", "8", "--rate", "1e-3"]
     words = [str(checkpoint.TOY / "large"), str(checkpoint.TOY / "small"), str(tmp_path / "small")]
     assert agree.main([*words, *settings]) == 0
@@ -318,6 +332,8 @@ def test_a_small_model_learns_to_agree(tmp_path: Path, monkeypatch: pytest.Monke
     lessons.add(2, 2, (2,))
     states = lessons.states[0]
     assert [each.shape for each in states] == [(4, 2, 1, 2, 8, 8), (4, 2), (4, 2, 1, 2, 8, 8), (4, 2, 1, 2, 8, 8)]
+    with pytest.raises(SaihError, match="blocks 0,9: the model has 0 to 7"):
+        agree.main([words[0], words[0], words[2], "--blocks", "0,9"])
     twin = agree.Lessons(large, large, large.words)
     twin.add(2, 2, (4,))
     assert float(twin.loss(large.adapter.module, 4, torch.Generator())) < 1e-3, "a model agrees with itself"

@@ -134,7 +134,7 @@ POOLED_WIDTH = 768
 TOYS = {
     "toy": DiT(8, 96, 384, 1, (2, 4, 4), 7, 32, 64),
     "toy-4step": DiT(8, 96, 384, 1, (2, 4, 4), 7, 32, 64),
-    "toy-small": DiT(3, 72, 216, 1, (2, 4, 4), 7, 32, 64),
+    "toy-small": DiT(2, 96, 384, 1, (2, 4, 4), 7, 32, 64),
 }
 """The shipped models, by name."""
 

@@ -19,8 +19,8 @@ PARAMETERS = (
     Parameter("small", "", "", "the small model, likewise; empty: the small one of the toys, or random weights"),
     Parameter("layers", 8, "blocks", "depth of a large model with random weights", minimum=1),
     Parameter("width", 96, "numbers", "width of a large model with random weights", minimum=12),
-    Parameter("small_layers", 3, "blocks", "depth of a small model with random weights", minimum=1),
-    Parameter("small_width", 72, "numbers", "width of a small model with random weights", minimum=12),
+    Parameter("small_layers", 2, "blocks", "depth of a small model with random weights", minimum=1),
+    Parameter("small_width", 96, "numbers", "width of a small model with random weights", minimum=12),
     *options.VIDEO,
     Parameter("batch", 1, "videos", "of one request; they switch together", minimum=1),
     Parameter("variant", "srdiffusion", "", "who takes which steps", choices=VARIANTS),
@@ -32,7 +32,7 @@ PARAMETERS = (
 )
 
 _PAIRS = {
-    "toy": ("toy", 8, 96, 3, 72),
+    "toy": ("toy", 8, 96, 2, 96),
     "8x192": ("random", 8, 192, 4, 120),
     "12x384": ("random", 12, 384, 6, 240),
     "cogvideox": ("random", 42, 3072, 30, 1920),

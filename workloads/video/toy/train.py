@@ -25,7 +25,7 @@ from workloads.video.words import WordEmbeddings
 TEXT_DIM = 32
 SIZES: dict[str, dict[str, int]] = {
     "large": {"num_layers": 8, "num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 384},
-    "small": {"num_layers": 3, "num_attention_heads": 3, "attention_head_dim": 24, "ffn_dim": 216},
+    "small": {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 384},
 }
 PATCH = (2, 4, 4)
 SHIFT = 3.0
