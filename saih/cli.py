@@ -139,7 +139,7 @@ def _refine_one(asked: Sweep, site: Site, options: argparse.Namespace) -> int:
     whole = replace(asked, repeat=max(asked.repeat, refine.MOST_REPEATS), time_budget_s=None)
     plan = _plan(whole, site, ceilings, options.fresh)
     plan = replace(plan, sweep=replace(asked, time_budget_s=budget_s))
-    wanted = refine.start(plan, asked.repeat, budget_s)
+    wanted = refine.start(plan, asked.repeat, budget_s - (time.monotonic() - began_s))
     before: dict[str, int] = {}
     _print_plan(refine.part(plan, wanted))
     while wanted != before:

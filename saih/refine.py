@@ -8,6 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from saih.analysis.refine import choose, coarse
+from saih.errors import SaihError
 from saih.plan import LAUNCH_OVERHEAD_S, Forecast, Plan, Pruned
 
 MOST_REPEATS = 12
@@ -20,7 +21,10 @@ Repeats = Mapping[str, int]
 
 
 def start(plan: Plan, repeat: int, budget_s: float) -> dict[str, int]:
-    """Every other rung of long ladders, and their ends; the cheapest cells first, as far as the budget goes."""
+    """Every other rung of long ladders, and their ends; the cheapest cells first, as far as the budget goes.
+
+    Raises SaihError where not even the cheapest fits.
+    """
     labels = dict(zip((axis.name for axis in plan.sweep.axes), coarse(plan.sweep.axes), strict=True))
     forecasts = [item for item in _first(plan).values() if _is_among(item, labels)]
     left_s = budget_s - LAUNCH_OVERHEAD_S
@@ -29,6 +33,10 @@ def start(plan: Plan, repeat: int, budget_s: float) -> dict[str, int]:
         left_s -= repeat * item.point_s
         if left_s >= 0:
             wanted[item.point.cell] = repeat
+    if not wanted:
+        needed_s = LAUNCH_OVERHEAD_S + repeat * min((each.point_s for each in forecasts), default=0.0)
+        why = f"the cheapest cell takes {needed_s:.0f} s" if forecasts else "every cell is ruled out before time counts"
+        raise SaihError(f"--refine: nothing fits {max(0.0, budget_s):.0f} s: {why}")
     return wanted
 
 

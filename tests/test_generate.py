@@ -155,8 +155,8 @@ def test_realisations_grow_to_more_than_a_disk_holds_and_say_so(
     assert cli.main(["sweep", "universes", "--axis", "realisations", "--dry-run"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     for rung, size in ((192, "0.403"), (786432, "1.65e+03")):
-        assert f"realisations={rung}: needs {size} GB of data" in told, told
-    assert "realisations=48:" not in told
+        assert f"pruned realisations={rung} disk: needs {size} GB of data" in told, told
+    assert "pruned realisations=48" not in told
 
 
 @pytest.mark.parametrize(

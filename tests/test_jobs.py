@@ -42,6 +42,7 @@ class Workplace:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not ignored in the background
         )
 
     def saih(self, *words: str, status: int = 0, **environment: str) -> str:

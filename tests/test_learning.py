@@ -62,7 +62,14 @@ def test_it_learns_what_is_there_and_no_more(tmp_path: Path) -> None:
     assert chance["mae_omega_m"] == pytest.approx(0.5, abs=0.15)
     assert learnt["mae_judged"] < chance["mae_judged"] / 3
     assert learnt["mae_h"] > 0.8 * chance["mae_h"]
-    assert (learnt["epochs"], learnt["samples_to_target"]) == (20, 20 * 64)
+    assert learnt["epochs"] == 20
+    assert "samples_to_target" not in learnt, "there is none"
+
+
+def test_samples_to_a_target_are_those_that_were_read(tmp_path: Path) -> None:
+    learnt = trained(Amounts(64, seed=1), tmp_path, target_mae=0.3, batch=24).learnt
+    assert 1 <= learnt["epochs"] < 20
+    assert learnt["samples_to_target"] == learnt["epochs"] * 2 * 24  # 64 are two steps of 24, and a rest
 
 
 def test_shuffled_labels_teach_nothing(tmp_path: Path) -> None:
@@ -120,7 +127,7 @@ def test_predicting_the_mean_needs_no_training(tmp_path: Path) -> None:
     assert check.passed
     assert 0.3 < check.numbers["mae_sigma_8"] < 0.7
     assert spec.lesson_steps(DEFAULTS | SMALL | {"labels": "mean"}) == 0
-    assert spec.lesson_steps(DEFAULTS | SMALL) == 20 * 64 / 8
+    assert spec.lesson_steps(DEFAULTS | SMALL) == 20 * (64 / 8 + 2)  # 4 batches of validation are two steps at most
 
 
 def test_validation_is_the_mean_error_whatever_the_batches() -> None:

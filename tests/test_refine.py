@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from saih import refine, sweep
 from saih.analysis.refine import FINE, bends, choose, coarse
 from saih.core import Axis, Rung
+from saih.errors import SaihError
 from saih.plan import make_plan
 from tests.sites import cpu_site
 
@@ -108,4 +109,5 @@ def test_plans_grow_and_keep_what_they_had() -> None:
     grown = refine.more(plan, wanted, table, 1e6)
     assert all(grown[cell] == 3 for cell in wanted)
     assert refine.more(plan, wanted, table, 0.0) == wanted
-    assert not refine.start(plan, 2, 0.0)
+    with pytest.raises(SaihError, match="nothing fits 0 s: the cheapest cell takes"):
+        refine.start(plan, 2, 0.0)

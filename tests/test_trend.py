@@ -19,6 +19,11 @@ from tests.synthetic import Scenario, make
 SIZES = (16.0, 32.0, 64.0, 128.0, 256.0)
 
 
+def test_a_straight_fall_has_no_knee() -> None:
+    assert shape((1, 2, 4, 8), (80, 60, 40, 20)).knee is None
+    assert shape((0, 1, 2), (1, 5, 6)).knee is None, "a size of 0 has no logarithm"
+
+
 def test_a_curve_that_levels_off_has_a_knee_and_a_saturation() -> None:
     found = shape((1, 2, 4, 8, 16, 32), (10, 40, 70, 96, 98, 100))
     assert (found.low, found.high) == (10, 100)

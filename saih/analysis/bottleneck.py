@@ -271,8 +271,8 @@ def _judge(
     fetched: float,
     slowest: Slowest | None,
 ) -> Verdict:
-    (first, largest), (_, second) = list(shares.items())[:2]
-    certain = bool(largest.low > second.high)  # NaN, of a single repeat, is never certain
+    (first, largest), *others = shares.items()
+    certain = all(largest.low > share.high for _, share in others)  # NaN, of a single repeat, is never certain
     how = "taken out of the step" if largest.ablated else "timed, not taken out"
     evidence = f"{first} is {100 * largest.of_step:.0f} % of the step ({how})"
     name, reason, clear = first, "", True

@@ -102,7 +102,8 @@ def _of_kernel(kernel: str, group: pd.DataFrame) -> Iterator[Ceiling]:
             message = float(largest["param_message_bytes"])
             yield Ceiling(f"allreduce-{transport}", largest, message, _message(message, largest["ranks"]))
     elif kernel == "pingpong":
-        smallest, *_, largest = (cell for _, cell in group.sort_values("param_message_bytes").iterrows())
+        cells = group.sort_values("param_message_bytes")
+        smallest, largest = cells.iloc[0], cells.iloc[-1]
         for name, cell, amount in (("pingpong", largest, largest["moved_bytes"]), ("pingpong_s", smallest, 2.0)):
             yield Ceiling(name, cell, amount, _message(float(cell["param_message_bytes"]), 2))
     elif kernel in FILES:

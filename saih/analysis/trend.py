@@ -96,13 +96,13 @@ class Model:
 
 def shape(sizes: Sequence[float], values: Sequence[float]) -> Shape:
     """Range, knee and saturation of a curve, in order of size."""
-    x, y = np.log(np.asarray(sizes, dtype=float)), np.asarray(values, dtype=float)
-    order = np.argsort(x)
-    x, y, named = x[order], y[order], np.asarray(sizes, dtype=float)[order]
+    order = np.argsort(sizes)
+    named, y = np.asarray(sizes, dtype=float)[order], np.asarray(values, dtype=float)[order]
     low, high = float(y.min()), float(y.max())
-    if len(y) < 3 or high == low:
+    if len(y) < 3 or high == low or named[0] <= 0:
         return Shape(low, high, None, None)
-    above = (y - low) / (high - low) - (x - x[0]) / (x[-1] - x[0])
+    x = np.log(named)
+    above = (y - y[0] - (y[-1] - y[0]) * (x - x[0]) / (x[-1] - x[0])) / (high - low)
     knee = float(named[int(np.argmax(above))]) if above.max() > 0.1 else None
     near = y >= SATURATED * high
     first = len(y) - int(np.argmin(near[::-1])) if not near.all() else 0

@@ -80,7 +80,9 @@ class Training:
             lambda loss: self.parallel.backward(loss, Unclocked()),
             lambda: self._validate(validation),
         )
-        self.learnt["samples_to_target"] = self.learnt["epochs"] * len(self.volumes)
+        if self.target_mae > 0:
+            together = self.batch * self.parallel.reader[1]
+            self.learnt["samples_to_target"] = self.learnt["epochs"] * lesson.steps_per_epoch * together
         self.optimizer = learner.optimizer  # what is timed is the step that has learnt
 
     def step(self, clock: Clock) -> Work:

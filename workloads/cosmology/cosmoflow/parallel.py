@@ -81,9 +81,17 @@ class Ddp(Parallel):
         self.reader = (place.rank, place.world)
 
     def backward(self, loss: Tensor, clock: Clock) -> None:
-        """What backward does after the gradients of the first layer is waiting for the reduction."""
-        first = self.network.stages[0].parameters()
-        hooks = [each.register_post_accumulate_grad_hook(lambda _: clock.enter("communication")) for each in first]
+        """What backward does after the last gradient of the first stage is waiting for the reduction."""
+        first = list(self.network.stages[0].parameters())
+        left = len(first)
+
+        def arrived(_: Tensor) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                clock.enter("communication")
+
+        hooks = [each.register_post_accumulate_grad_hook(arrived) for each in first]
         loss.backward()
         clock.enter("compute")
         for hook in hooks:

@@ -249,7 +249,7 @@ CLAIMS = (
     ),
     Claim(
         "storage-keeps-up",
-        "samples/s of training from storage, cold, over training from host memory",
+        "samples/s of training from storage over training from host memory",
         "work_per_s",
         {"input": "storage"},
         {"input": "memory"},
@@ -329,15 +329,20 @@ def disk_bytes(params: Params) -> int:
 
 def steps_per_epoch(params: Params) -> int:
     """Steps in which all ranks together see every volume once, but for a rest smaller than a step."""
-    readers = 1 if params["backend"] == "spatial" else ranks_of(params)
-    together = batch_per_rank(params) * readers
-    return max(1, int(params["samples"]) // together)
+    return max(1, int(params["samples"]) // _together(params))
+
+
+def _together(params: Params) -> int:
+    """Volumes that all ranks take in a step."""
+    return batch_per_rank(params) * (1 if params["backend"] == "spatial" else ranks_of(params))
 
 
 def lesson_steps(params: Params) -> int:
-    """Steps of training before anything is timed, at most."""
-    taught = learns(params) and params["labels"] != "mean"
-    return int(params["epochs"]) * steps_per_epoch(params) if taught else 0
+    """Steps of training before anything is timed, at most; validation has forward passes only, a third of a step."""
+    if not learns(params) or params["labels"] == "mean":
+        return 0
+    validation = -(-int(params["validation"]) // (3 * _together(params)))
+    return int(params["epochs"]) * (steps_per_epoch(params) + validation)
 
 
 def cost(params: Params) -> Cost:

@@ -196,12 +196,12 @@ def cost(params: Params) -> Cost:
     steps = int(requests * new / batch) + 1
     one = Batch.decode((int(context),) * round(batch))
     parts = 2 * spec.layers + 1
-    flop, moved = stepcost.forward_flop(spec, one) / parts, stepcost.step_bytes(spec, one, word) / parts
+    flop, moved = steps * stepcost.forward_flop(spec, one) / parts, steps * stepcost.step_bytes(spec, one, word) / parts
     pool = requests * (prompt + new) * per_token
     return Cost(
-        flop=flop * parts * steps,
+        flop=flop * parts,
         work=requests * new,
-        operations=(Operation(flop, moved),) * (parts * steps),
+        operations=(Operation(flop, moved),) * parts,
         parameters=stepcost.parameters(spec),
         device_bytes=3.0 * word * stepcost.parameters(spec) + int(params["kv_tokens"]) * per_token + 2 * pool,
         setup_s=2 * stepcost.parameters(spec) / RANDOM_PER_S + 0.02 * requests,
