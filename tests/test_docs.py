@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,9 @@ def test_documented_commands_that_only_read_really_run(command: str, tmp_path: P
     """Where the files that the pages name are, and what is written goes to a folder of its own."""
     shutil.copytree(ROOT / "results" / "reference", tmp_path / "results" / "reference")
     shutil.copytree(ROOT / "jobs" / "studies", tmp_path / "jobs" / "studies")
-    words = words_of(command)
+    words = [
+        each for word in words_of(command) for each in sorted(glob(word, root_dir=tmp_path)) or [word]
+    ]  # a shell's
     answer = subprocess.run(
         [sys.executable, "-m", "saih.cli", *words],
         cwd=tmp_path,

@@ -132,7 +132,8 @@ def some_blocks(model: Any, blocks: Sequence[int]) -> Any:
     if any(block not in range(depth) for block in blocks):
         raise SaihError(f"blocks {','.join(map(str, blocks))}: the model has 0 to {depth - 1}")
     chosen = list(blocks) or list(range(depth))
-    made = type(model).from_config({**model.config, "num_layers": len(chosen)}).eval()
+    settings = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    made = type(model).from_config({**settings, "num_layers": len(chosen)}).eval()
     rest = {name: value for name, value in model.state_dict().items() if not name.startswith("blocks.")}
     made.load_state_dict(rest, strict=False)
     for mine, block in zip(made.blocks, chosen, strict=True):
