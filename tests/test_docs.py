@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from glob import glob
 from pathlib import Path
 
 import pytest
@@ -52,7 +51,7 @@ def test_the_documented_example_is_a_workload_that_sweeps(tmp_path: Path) -> Non
     for name in ("saih", "workloads"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     assert [path.name for path in example(copy / "workloads")] == ["spec.py", "bench.py"]
-    words = ["sweep", "triad", "--axis", "data,variant", "--set", "seconds=0", "--repeat", "2", "--no-probe"]
+    words = [each for word in words_of(command) for each in expanded(word, tmp_path)]
     answer = subprocess.run(
         [sys.executable, "-m", "saih.cli", *words],
         cwd=copy,
@@ -114,6 +113,12 @@ def test_every_documented_command_is_one_the_command_line_takes(
     if options.verb is cli.sweep:
         _, sweeps = cli._asked(options)
         assert all(sweep.points(asked, {}) for asked in sweeps)
+
+
+def expanded(word: str, folder: Path) -> list[str]:
+    """As a shell in `folder` does it."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.glob(word)) if "*" in word else []
+    return names or [word]
 
 
 @pytest.mark.parametrize("command", cheap_commands())
