@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saih.analysis.bottleneck import TIMED, Share, Verdict, busy_ranks, verdicts
+from saih.analysis.bottleneck import TIMED, Share, Verdict, busy_ranks, elasticities, verdicts
 from saih.analysis.cells import job_steps, per_cell, per_point
 from saih.core import PHASES
 
@@ -196,3 +196,10 @@ def test_without_experiments_nothing_is_taken_to_overlap() -> None:
     assert Share(0.5, 0.4, 0.6, ablated=False).gain_of_doubling() == pytest.approx((4 / 3, 1.25, 10 / 7))
     assert Share(0.0, 0.0, 0.0, ablated=False).gain_of_doubling() == (1, 1, 1)
     assert set(one(judge(Cell([{"compute": 1.0}]))).shares) == set(TIMED)
+
+
+def test_another_precision_is_no_larger_cell() -> None:
+    took_s, work_s = pd.Series([1.0, 1.0], ["bf16", "fp32"]), pd.Series([0.1, 0.4], ["bf16", "fp32"])
+    cells = pd.DataFrame({"label_precision": ["bf16", "fp32"], "ranks": 1}, index=["bf16", "fp32"])
+    assert elasticities(cells, took_s, work_s) == {}
+    assert elasticities(cells.rename(columns={"label_precision": "label_data"}), took_s, work_s) == {"bf16": 0.0}

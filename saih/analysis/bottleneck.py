@@ -185,6 +185,8 @@ def elasticities(whole: pd.DataFrame, compute_s: pd.Series, work_s: pd.Series) -
     if computing.empty:
         return found
     for axis in axes:
+        if axis == "label_precision":  # the same work at another ceiling is no larger cell
+            continue
         others = [name for name in axes if name != axis]
         groups = computing.groupby(others, sort=False) if others else [((), computing)]
         for _, line in groups:
