@@ -19,7 +19,7 @@ from workloads.cosmology.volumes import Volumes
 LARGEST_RATE = 1e-3
 LARGEST_GRADIENT = 1.0
 JUDGED = ("omega_m", "sigma_8")
-"""What the target is about: n_s and h leave next to no trace in boxes of 128 to 256 Mpc/h."""
+"""What the target is about: n_s and h leave little trace in boxes of 128 to 256 Mpc/h."""
 
 
 @dataclass(frozen=True)

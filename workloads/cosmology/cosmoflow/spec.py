@@ -267,12 +267,12 @@ CLAIMS = (
         for name in ("omega_m", "sigma_8")
     ),
     Claim(
-        "n-s-leaves-next-to-no-trace",
-        "the same for n_s: in boxes of 128 to 256 Mpc/h it can hardly be told, by this network or another",
+        "n-s-leaves-little-trace",
+        "the same for n_s: in boxes of 128 to 256 Mpc/h not even half the error goes, where the others lose two thirds",
         "check_mae_n_s",
         {"labels": "mean"},
         {"labels": "own"},
-        target=1.5,
+        target=2.0,
         better="lower",
     ),
     *(
