@@ -99,6 +99,8 @@ def cache_rule(results: Results) -> str:
         return ""
     held = float(reading["predicted_disk_bytes"].max())
     memory = float(results.sweep["site"]["node_memory_gib"]) * 2**30
+    if not held:
+        return "The data sets were there before; an epoch that storage delivered nothing of is marked."
     told = f"The largest data set is {numbers.si(held, 'B')}, {numbers.three(held / memory)} times a node's memory"
     if held >= FIVE * memory:
         return f"{told}: too large to be read from there."

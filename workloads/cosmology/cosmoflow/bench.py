@@ -97,7 +97,7 @@ class Training:
         ever and applied to nothing; or gradients stay where they are."""
         if part == "input":
             counts, targets = next(self.loader)
-            kept = counts.clone(), targets.clone()
+            kept = torch.empty_like(counts, pin_memory=counts.is_pinned()).copy_(counts), targets.clone()
             self.loader.close()
             self.batches = repeat(kept)
         elif part == "compute":
