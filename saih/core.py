@@ -314,8 +314,8 @@ class Claim:
 
     Without a denominator it is about `metric` at `numerator` itself.
 
-    The metric is `step_s`, a rate, `share_<phase>` of the time, or `check_<name>` for a number of `Check.numbers`: quality,
-    say, or counted work.
+    The metric is `step_s`, a rate, `share_<phase>` of the time, or `check_<name>` for a number of `Check.numbers`:
+    quality, say, or counted work.
     A number `predicted_<metric>`, without the metric's own `check_`, is the workload's prediction of it at a point; the
     ratio of two stands beside the measured one. Where there is none, the plan's stands there, if it has one. Numbers
     `simulated_<name>` are the same in every repeat: one repeat decides.

@@ -40,7 +40,7 @@ def job_steps(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def per_point(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a measured point (one repeat), indexed like `points`: median step time, rates, phase shares, its check."""
+    """One row a measured point (one repeat), indexed like `points`: step time, rates, phase shares, its check."""
     grouped = steps.groupby("point", sort=False)
     table = grouped[["step_s", "units", "flop", "moved_bytes"]].median()
     checked = [name for name in points.columns if name.startswith("check_")]
