@@ -20,6 +20,8 @@ FINEST_PATCH, MOST_TOKENS = 8, 32_768
 GENERATE_BYTES_PER_S = 40e6
 """Volumes grown and painted per second on one core, a careful figure for planning."""
 
+VIEWS = 8
+"""Sides from which a volume is looked at in validation, where it was in training: augment=symmetry."""
 BACKENDS = ("ddp", "horovod", "fsdp", "spatial")
 ABLATIONS = ("input", "compute", "communication")
 """`Training.ablate` says how each is taken out of a step."""
@@ -346,6 +348,7 @@ def lesson_steps(params: Params) -> int:
     if not learns(params) or params["labels"] == "mean":
         return 0
     validation = -(-int(params["validation"]) // (3 * _together(params)))
+    validation *= VIEWS if params["augment"] == "symmetry" else 1
     epochs = int(params["epochs"])
     return epochs * steps_per_epoch(params) + validation * (epochs if params["target_mae"] else 1)
 
