@@ -156,7 +156,7 @@ class Denoising:
                 parts = step.predict((COND,))[COND]
             with adapter.module.cache_context("whole"):
                 whole = adapter.module(
-                    request.noise.to(adapter.module.dtype),
+                    request.noise.to(adapter.dtype),
                     timestep=timesteps[0].expand(len(request.noise)),
                     **request.conditions[COND],
                     return_dict=False,

@@ -229,7 +229,7 @@ class Training:
         return numbers
 
     def _judge(self, counts_BDHWC: Tensor) -> Tensor:
-        """Targets [B, TARGETS] of whole volumes. Who has learnt from all sides is asked from several: the mean counts."""
+        """Targets [B, TARGETS] of whole volumes. Who has learnt from all sides is asked from several, for the mean."""
         sides = [counts_BDHWC]
         if self.params["augment"] == "symmetry":
             mesh, periodic = self.volumes.shape[0], self.volumes.periodic

@@ -41,10 +41,13 @@ class CrossAttention:
         from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
         class Amplified(WanAttnProcessor):  # type: ignore[misc]
+            bias: Tensor | None = None
+
             def __call__(self, attn: Any, video: Tensor, text: Tensor, *rest: Any) -> Tensor:
-                bias = video.new_zeros(1, 1, 1, text.shape[1])
-                bias[..., list(columns)] = math.log(factor)
-                mixed: Tensor = super().__call__(attn, video, text, bias, None)
+                if self.bias is None:  # the same in all blocks
+                    self.bias = video.new_zeros(1, 1, 1, text.shape[1])
+                    self.bias[..., list(columns)] = math.log(factor)
+                mixed: Tensor = super().__call__(attn, video, text, self.bias, None)
                 return mixed
 
         before = [module.processor for module in self.modules]
