@@ -69,7 +69,7 @@ class Adapter:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.blocks = [block for name in self.blocks_of for block in getattr(module, name)]
-        self.dtype: torch.dtype = self.module.dtype
+        self.dtype: torch.dtype = self.module.dtype  # type: ignore[assignment]
         self.forwards = 0.0
 
     @property
