@@ -21,11 +21,11 @@ from matplotlib.image import imread
 
 from saih import cli, site, store, sweep
 from saih.analysis import numbers
-from saih.core import Axis, Params, Rung
+from saih.core import Axis, Params, Rung, is_sized
 from saih.errors import SaihError
 from saih.files import read_json, write_json
 from saih.report import asked, figures, page, results, roofline, trade, trends
-from saih.report.grid import is_sized, layout, spread
+from saih.report.grid import layout, spread
 from saih.site import Peak
 from tests.synthetic import CEILINGS, DATA, MODEL, SITE, Outcome, Scenario, ladder, make
 

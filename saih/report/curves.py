@@ -11,9 +11,9 @@ import pandas as pd
 from saih.analysis.ceilings import kernel_share
 from saih.analysis.cells import labels_of
 from saih.analysis.scaling import RESOURCES
-from saih.core import Axis
+from saih.core import Axis, is_sized
 from saih.report.figures import MOST_LINES, SERIES_COLOURS, Ideals, Line, Panel, Scale
-from saih.report.grid import MOST_GROUPS, Layout, is_logarithmic, is_sized, layout, left_out, spread, words
+from saih.report.grid import MOST_GROUPS, Layout, is_logarithmic, layout, left_out, spread, words
 from saih.report.results import PERCENTAGES, Results
 
 MOST_TICKS = 10

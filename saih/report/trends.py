@@ -15,8 +15,8 @@ import pandas as pd
 
 from saih.analysis import numbers
 from saih.analysis.trend import Model, Prediction, fit, shape
-from saih.core import Axis
-from saih.report.grid import is_sized, layout, words
+from saih.core import Axis, is_sized
+from saih.report.grid import layout, words
 from saih.report.results import Results
 from saih.report.tables import main_percentage
 
