@@ -183,6 +183,8 @@ def test_twice_the_ranks_is_predicted_and_compared_where_it_was_tried(tmp_path: 
     cells = r'predicted">([\d.]+) x</td><td class="measured-value">([\d.]+) x [^<]+</td><td>([^<]+) %'
     found = [tuple(map(float, row)) for row in re.findall(cells, source)]
     assert found == [pytest.approx((gain, gain, 0.0), abs=0.01)] * 2
+    reading = dataclasses.replace(scenario, shares={"input": 0.8, "compute": 0.2})
+    assert "Twice the ranks" not in page.write(gathered(tmp_path / "reading", reading), tmp_path / "r.html").read_text()
     alone = dataclasses.replace(scenario, axes=(DATA,))
     source = page.write(gathered(tmp_path / "alone", alone), tmp_path / "alone.html").read_text()
     assert source.count(f'predicted">{gain:.2f} x</td><td class="measured-value">{numbers.ABSENT}') == 2

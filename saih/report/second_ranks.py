@@ -48,8 +48,11 @@ def rows(results: Results, found: list[Verdict]) -> list[dict[str, Any]]:
 
 
 def second_ranks(results: Results, found: list[Verdict]) -> list[SecondRanks]:
-    """For the cells whose ceilings are known on twice their ranks at once."""
-    return list(_second_ranks(results, found))
+    """For the cells that mostly compute and whose ceilings are known on twice their ranks at once.
+
+    Of a cell that waits for storage or for other ranks this cannot tell: what those give to more ranks is not known.
+    """
+    return list(_second_ranks(results, [verdict for verdict in found if next(iter(verdict.shares)) == "compute"]))
 
 
 def _second_ranks(results: Results, found: list[Verdict]) -> Iterator[SecondRanks]:
