@@ -233,6 +233,7 @@ def report(options: argparse.Namespace) -> int:
     from saih.report import page
 
     print(page.write(options.results, options.output or REPORTS / f"{options.results.stem}.html"))
+    print(page.headline(options.results))
     if options.extra_p:
         print(page.write_extra_p(options.results, options.extra_p))
     return 0
@@ -247,9 +248,7 @@ def probe(options: argparse.Namespace) -> int:
     _check_folders()
     path, parts = _probe(site, options)
     print(f"ceilings {path}")
-    ceilings = read_json(path)
-    for name, results in parts.items():
-        print(f"report   {page.write(results, REPORTS / f'{results.stem}.html', ceilings)} ({name})")
+    print(f"report   {page.write_ceilings(parts, REPORTS / f'{path.stem}.html', read_json(path))}")
     return 0
 
 
@@ -446,7 +445,8 @@ def _probe_part(part: Part, site: Site, options: argparse.Namespace) -> tuple[Pa
         site=site.name,
         time_budget_s=part.time_budget_s,
     )
-    plan = _plan(asked, site, None, fresh=True)
+    launched = site.model_copy(update={"launcher": part.launcher}) if part.launcher else site
+    plan = _plan(asked, launched, None, fresh=True)
     folder = _drive(plan, options, None, ["saih", "probe", "--site", site.name])
     results = store.gather(folder, RESULTS, options.mixed)
     points, samples = store.load(results), store.load_samples(results)

@@ -134,6 +134,11 @@ class Axis:
         return Axis(self.name, self.unit, tuple(rung for rung in self.rungs if rung.label in wanted))
 
 
+def is_sized(axis: Axis) -> bool:
+    """False where the sizes only number the rungs: names have no size."""
+    return [rung.size for rung in axis.rungs] != list(range(len(axis.rungs)))
+
+
 def axis_of(parameter: Parameter, values: Sequence[object] = (), where: str = "") -> Axis:
     """Any parameter as an axis: one rung for each value, by default for each of its choices."""
     if not values and not parameter.choices:

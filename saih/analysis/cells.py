@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from saih.analysis.intervals import step_intervals
-from saih.core import LOADS, PHASES, WHOLE
+from saih.core import LOADS, PHASES, WHOLE, Axis, Rung
 
 RATES = (
     *("flop_per_s", "bytes_per_s", "work_per_s", "work_per_s_per_rank"),
@@ -22,6 +22,18 @@ BESIDE = {"percent_of_gemm": "beside_gemm_flop_per_s", "percent_of_conv3d": "bes
 def labels_of(points: pd.DataFrame) -> list[str]:
     """Names of the axes that vary in this table, in the order of the sweep."""
     return [name.removeprefix("label_") for name in points.columns if name.startswith("label_")]
+
+
+def axes_of(sweep: Mapping[str, Any]) -> tuple[Axis, ...]:
+    """The axes of a stored sweep."""
+    return tuple(
+        Axis(
+            axis["name"],
+            axis["unit"],
+            tuple(Rung(rung["label"], rung["params"], rung["size"]) for rung in axis["rungs"]),
+        )
+        for axis in sweep["axes"]
+    )
 
 
 def job_steps(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,6 @@ import pandas as pd
 
 from saih.analysis import numbers
 from saih.analysis.bottleneck import CACHED_SHARE, TIMED, Share, Verdict, busy_ranks, verdicts
-from saih.analysis.contention import contention
 from saih.report.grid import MOST_GROUPS, layout, left_out, spread, words
 from saih.report.results import Results
 
@@ -51,23 +49,6 @@ def maps(results: Results, found: list[Verdict]) -> tuple[list[Map], str]:
     combinations = list(plan.split(results.undisturbed))
     told = [_map(words(labels), cells, plan, by_cell) for labels, cells in combinations[:MOST_GROUPS]]
     return told, left_out(len(combinations), "map")
-
-
-def slopes(results: Results) -> list[dict[str, str]]:
-    """What each process put beside the steps costs, a row a series and count."""
-    told = []
-    for slope in contention(results.points, results.by_point):
-        each = f"{100 * slope.each:.3g} %{_span(100 * slope.low, 100 * slope.high, ' %')}"
-        for count, (ratio, low, high) in zip(slope.counts[1:], slope.slowdown[1:], strict=True):
-            told.append(
-                {
-                    "series": words(slope.labels),
-                    "load": f"{count} {slope.load.replace('_', ' ')}",
-                    "slowdown": f"{numbers.three(ratio)} x{_span(low, high, ' x')}",
-                    "each": each,
-                }
-            )
-    return told
 
 
 def over_ranks(results: Results) -> list[dict[str, Any]]:
@@ -168,14 +149,9 @@ def _square(verdict: Verdict | None) -> tuple[str, str, bool]:
 
 
 def _percent(share: Share) -> str:
-    return f"{100 * share.of_step:.3g} %{_span(100 * share.low, 100 * share.high, ' %')}"
+    return f"{100 * share.of_step:.3g} %{numbers.bracketed(100 * share.low, 100 * share.high, ' %')}"
 
 
 def _gain(share: Share) -> str:
     gain, low, high = share.gain_of_doubling()
-    return f"{gain:.2f} x{_span(low, high, ' x')}"
-
-
-def _span(low: float, high: float, unit: str) -> str:
-    """The interval in brackets; nothing where there is none."""
-    return f" ({numbers.three(low)} to {numbers.three(high)}{unit})" if math.isfinite(low + high) else ""
+    return f"{gain:.2f} x{numbers.bracketed(low, high, ' x')}"

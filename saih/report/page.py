@@ -16,13 +16,15 @@ from saih.analysis.bottleneck import TIMED
 from saih.analysis.ceilings import unit
 from saih.analysis.scaling import scaling
 from saih.files import write_atomic
-from saih.report import asked, bottlenecks, curves, roofline, tables, trade, trends
+from saih.report import asked, bottlenecks, contention, curves, roofline, second_ranks, tables, trade, trends
 from saih.report.downloads import downloads
 from saih.report.figures import draw
 from saih.report.grid import layout
 from saih.report.results import Results, read
 from saih.report.summary import ceiling_intervals, chosen_ceilings, is_ceilings, plain, summarize
 
+KERNELS = "kernels"
+"""The part of the ceilings whose cells, environment and downloads their page has; of the others it has the rates."""
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
@@ -36,6 +38,14 @@ def write(results: Path, output: Path, ceilings: Mapping[str, Any] | None = None
     return output
 
 
+def write_ceilings(parts: Mapping[str, Path], output: Path, ceilings: Mapping[str, Any]) -> Path:
+    """Write one page of all `ceilings` of a site, from the results file of each part of its probe."""
+    found = {name: read(path) for name, path in parts.items()}
+    text = _render(found[KERNELS], ceilings, found).encode()
+    write_atomic(output, lambda file: file.write(text))
+    return output
+
+
 def write_extra_p(results: Path, output: Path) -> Path:
     """Write the measured step times as Extra-P reads them."""
     text = trends.extra_p(read(results)).encode()
@@ -44,20 +54,21 @@ def write_extra_p(results: Path, output: Path) -> Path:
 
 
 def headline(results: Path) -> str:
-    """The headline in a few lines of plain text."""
-    return plain(summarize(read(results)))
+    """The headline in a few lines of plain text, and how well the largest rung was predicted where it was held out."""
+    found = read(results)
+    return "\n".join([plain(summarize(found)), *([] if is_ceilings(found) else trends.held_out_lines(found))])
 
 
-def _render(results: Results, ceilings: Mapping[str, Any] | None) -> str:
+def _render(results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results] | None = None) -> str:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     env = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     env.filters |= {"three": numbers.three, "plural": numbers.plural, "draw": lambda panel: Markup(draw(panel))}  # noqa: S704
-    return env.get_template("report.html.j2").render(_content(results, ceilings))
+    return env.get_template("report.html.j2").render(_content(results, ceilings, parts or {"": results}))
 
 
-def _content(results: Results, ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
+def _content(results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results]) -> dict[str, Any]:
     probing = is_ceilings(results)
     groups, groups_left = ([], "") if probing else curves.percent_curves(results)
     maps, maps_left = ([], "") if probing else tables.heat_maps(results)
@@ -91,7 +102,7 @@ def _content(results: Results, ceilings: Mapping[str, Any] | None) -> dict[str, 
         "phase_rows": phase_rows,
         "checks": checks,
         "check_rows": check_rows,
-        "rates": _rates(results, ceilings) if probing else None,
+        "rates": _rates(results, ceilings, parts) if probing else None,
         "shapes": [] if probing else trends.shapes(results),
         "trends": [] if probing else trends.trends(results),
         "roofline": None if probing else roofline.rooflines(results),
@@ -107,21 +118,38 @@ def _content(results: Results, ceilings: Mapping[str, Any] | None) -> dict[str, 
     }
 
 
-def _rates(results: Results, ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
+def _rates(results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results]) -> dict[str, Any]:
     found = ceilings or chosen_ceilings(results)
     intervals = ceiling_intervals(found)
     chosen = [
         (name, numbers.si(rate, unit(name)), intervals.get(name, ""), found["sources"][name])
         for name, rate in found["rates"].items()
     ]
-    return {"chosen": chosen, "group": curves.rate_curves(results), "rows": tables.rate_rows(results)}
+    told = [
+        {
+            "name": name,
+            "axes": part.axes,
+            "group": curves.rate_curves(part, f"rate-{number}"),
+            "rows": tables.rate_rows(part),
+            "counts": tables.counts(part),
+            "file": part.path.name,
+        }
+        for number, (name, part) in enumerate(parts.items())
+    ]
+    return {"chosen": chosen, "at_once": _at_once(found), "parts": told}
+
+
+def _at_once(ceilings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(ceiling, ranks, % of it that each of so many ranks of a node has) where that was measured."""
+    known = ceilings.get("together") or {}
+    return [(name, ranks, numbers.three(100 * share)) for name, each in known.items() for ranks, share in each.items()]
 
 
 def _bottlenecks(results: Results) -> dict[str, Any] | None:
     """Verdicts and what they rest on, or None where nothing was measured."""
     found = bottlenecks.judged(results)
     maps, left = bottlenecks.maps(results, found)
-    slopes = bottlenecks.slopes(results)
+    slopes = contention.rows(results)
     if not found and not slopes:
         return None
     rows = bottlenecks.rows(results, found)
@@ -130,6 +158,8 @@ def _bottlenecks(results: Results) -> dict[str, Any] | None:
         "maps": maps,
         "left": left,
         "slopes": slopes,
+        "contention": contention.figure(results),
+        "second_ranks": second_ranks.rows(results, found),
         "over_ranks": bottlenecks.over_ranks(results),
         "cache_rule": bottlenecks.cache_rule(results),
         "total": len(found),
