@@ -274,11 +274,11 @@ CLAIMS = (
     ),
     Claim(
         "n-s-leaves-little-trace",
-        "the same for n_s: in boxes of 128 to 256 Mpc/h not even half the error goes, where the others lose two thirds",
+        "the same for n_s: in boxes of 128 to 256 Mpc/h it leaves little trace, and does not come to what the others must",
         "check_mae_n_s",
         {"labels": "mean"},
         {"labels": "own"},
-        target=2.0,
+        target=3.0,
         better="lower",
     ),
     *(
