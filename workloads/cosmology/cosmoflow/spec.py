@@ -274,7 +274,7 @@ CLAIMS = (
     ),
     Claim(
         "n-s-leaves-little-trace",
-        "the same for n_s: in boxes of 128 to 256 Mpc/h it leaves little trace, and does not come to what the others must",
+        "the same for n_s: in boxes of 128 to 256 Mpc/h it leaves little trace, and misses what the others must reach",
         "check_mae_n_s",
         {"labels": "mean"},
         {"labels": "own"},
