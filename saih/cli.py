@@ -208,9 +208,10 @@ def cancel(options: argparse.Namespace) -> int:
 
 def gather(options: argparse.Namespace) -> int:
     """Collect a sweep's measurements into results/<sweep>.h5."""
-    from saih import jobs, store
+    from saih import jobs, power, store
 
-    print(store.gather(jobs.find(JOBS, options.sweep), RESULTS, options.mixed))
+    log = power.read_log(options.power_meter, options.meter_scope) if options.power_meter else None
+    print(store.gather(jobs.find(JOBS, options.sweep), RESULTS, options.mixed, log))
     return 0
 
 
@@ -602,6 +603,12 @@ def _parser() -> argparse.ArgumentParser:
 
     gathering = _verb(verbs, "gather", gather)
     gathering.add_argument("sweep", metavar="SWEEP")
+    gathering.add_argument(
+        "--power-meter", type=Path, metavar="FILE.csv", help="a meter's samples: columns timestamp and watts"
+    )
+    gathering.add_argument(
+        "--meter-scope", default="node", metavar="SCOPE", help="what hangs on it: device, package, node, rack (node)"
+    )
     _mixed(gathering)
 
     judging = _verb(verbs, "claims", claims)
