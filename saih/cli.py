@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from saih import __version__
 from saih.errors import SaihError
+from saih.verbs import compare as comparing
 
 if TYPE_CHECKING:
     from saih.core import Sweep
@@ -623,6 +624,10 @@ def _parser() -> argparse.ArgumentParser:
     probing = _verb(verbs, "probe", probe)
     probing.add_argument("--site", metavar="NAME|FILE", help="which site (default: local)")
     probing.set_defaults(fresh=True, mixed=False)
+
+    for module in (comparing,):
+        name = module.__name__.rpartition(".")[2]
+        module.arguments(_verb(verbs, name, getattr(module, name)))
 
     actions = _verb(verbs, "site", site).add_subparsers(required=True, metavar="init|check")
     finding = _verb(actions, "init", _site_init)

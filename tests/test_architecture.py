@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saih.files", "saih.load", "saih.energy"),
     ("saih.core",),
     ("saih.launchers", "saih.workload", "saih.timing", "saih.environment", "saih.yamlfile", "saih.schedulers"),
-    ("saih.site", "saih.sweep", "saih.mpi"),
+    ("saih.site", "saih.sweep", "saih.mpi", "saih.weights"),
     ("saih.analysis", "saih.plan"),
     ("saih.catalogue", "saih.dataset", "saih.probe", "saih.refine", "saih.discover"),
     ("saih.jobs",),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,3 +59,33 @@ def per_cell(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def relative(tables: Mapping[str, pd.DataFrame], cells: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Energy a unit of work of several systems over the first's, as a geometric mean over points.
+
+    `tables` is system -> `per_cell`; `cells` has for each point the cell of each system. "relative" is empty, and "why"
+    says why, where no source of the same scope metered all of them: energies of different scope are never compared.
+    """
+    told: dict[str, Any] = {"source": "", "scope": "", "hz": {}, "relative": {}, "why": ""}
+    known = {
+        name: {(row.source, row.scope, row.cell): (row.joule_per_work, row.hz) for row in table.itertuples()}
+        for name, table in tables.items()
+    }
+    unmetered = [name for name, table in tables.items() if table.empty]
+    if unmetered:
+        return told | {"why": f"not metered on {', '.join(unmetered)}"}
+    for source, scope in dict.fromkeys(key[:2] for key in next(iter(known.values()))):
+        if all((source, scope, each[name]) in known[name] for each in cells for name in tables):
+            found = {name: [known[name][source, scope, each[name]] for each in cells] for name in tables}
+            means = {name: float(np.mean(np.log([joule for joule, _ in each]))) for name, each in found.items()}
+            first = next(iter(means.values()))
+            told |= {"source": source, "scope": scope}
+            told["relative"] = {name: float(np.exp(mean - first)) for name, mean in means.items()}
+            told["hz"] = {name: min(hz for _, hz in each) for name, each in found.items()}
+            return told
+    seen = "; ".join(
+        f"{name}: {', '.join(sorted({f'{source} ({scope})' for source, scope, _ in each}))}"
+        for name, each in known.items()
+    )
+    return told | {"why": f"no source of the same scope metered every point of all systems ({seen})"}
