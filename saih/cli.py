@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from saih import __version__
 from saih.errors import SaihError
-from saih.verbs import compare as comparing
+from saih.verbs import accept, bundle, compare, export, project, verify
 
 if TYPE_CHECKING:
     from saih.core import Sweep
@@ -625,7 +625,7 @@ def _parser() -> argparse.ArgumentParser:
     probing.add_argument("--site", metavar="NAME|FILE", help="which site (default: local)")
     probing.set_defaults(fresh=True, mixed=False)
 
-    for module in (comparing,):
+    for module in (compare, project, accept, bundle, verify, export):
         name = module.__name__.rpartition(".")[2]
         module.arguments(_verb(verbs, name, getattr(module, name)))
 

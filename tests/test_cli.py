@@ -16,7 +16,7 @@ import pytest
 from saih import __version__, cli, discover, site, store
 from tests.synthetic import Scenario, make
 
-OWN_MODULES = ("compare",)
+OWN_MODULES = ("compare", "project", "accept", "bundle", "verify", "export")
 """Verbs that have a module each in saih.verbs."""
 VERBS = (
     *("list", "generate", "sweep", "status", "resume", "cancel", "gather", "claims", "report", "probe", "site"),
