@@ -49,17 +49,17 @@ def bundle(results: Path, jobs: Path, output: Path) -> str:
     folder = jobs / str(points.attrs["sweep"]["name"])
     if (folder / "sweep.json").is_file():
         files |= {f"jobs/{name}": content for name, content in _job_files(folder)}
-    manifest = {
-        "format": FORMAT,
-        "saih": __version__,
-        "made_with": {name: version(name) for name in MAKERS},
-        "files": {name: {"sha256": _sha256(content), "bytes": len(content)} for name, content in sorted(files.items())},
-    }
-    files[MANIFEST] = _json(manifest)
-    files[MANIFEST_SHA256] = f"{_sha256(files[MANIFEST])}  {MANIFEST}\n".encode()
-    archive = pack(files)
+    archive = pack(sealed(files))
     write_atomic(output, lambda file: file.write(archive))
     return _sha256(archive)
+
+
+def sealed(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files with the manifest that is theirs."""
+    known = {name: {"sha256": _sha256(content), "bytes": len(content)} for name, content in sorted(files.items())}
+    made_with = {name: version(name) for name in MAKERS}
+    manifest = _json({"format": FORMAT, "saih": __version__, "made_with": made_with, "files": known})
+    return {**files, MANIFEST: manifest, MANIFEST_SHA256: f"{_sha256(manifest)}  {MANIFEST}\n".encode()}
 
 
 def verify(archive: Path) -> list[str]:
@@ -67,13 +67,7 @@ def verify(archive: Path) -> list[str]:
 
     Raises SaihError where it is no archive of this format. Nothing is written but into a temporary folder.
     """
-    content = _read_file(archive)
-    files = unpack(content, str(archive))
-    wrong = _against_manifest(files, archive)
-    if not wrong and pack(files) != content:
-        wrong.append(
-            f"bytes between the files differ from what they were packed as: {_first_difference(files, content)}"
-        )
+    files, wrong = altered(_read_file(archive), str(archive))
     (results,) = _results(files, archive)
     with tempfile.TemporaryDirectory() as home:
         path = Path(home, "results", PurePosixPath(results).name)
@@ -85,6 +79,15 @@ def verify(archive: Path) -> list[str]:
         except SaihError as error:
             wrong.append(f"{results}: {str(error).replace(str(path), '').lstrip(': ')}")
     return wrong
+
+
+def altered(content: bytes, where: str) -> tuple[dict[str, bytes], list[str]]:
+    """The files of an archive, and which of its bytes are not those that were packed, a line each."""
+    files = unpack(content, where)
+    wrong = _against_manifest(files, where)
+    if not wrong and pack(files) != content:
+        wrong.append(f"not a byte of a file, and yet not as packed: {_first_difference(files, content)}")
+    return files, wrong
 
 
 def pack(files: Mapping[str, bytes]) -> bytes:
@@ -134,7 +137,7 @@ def _refuse_strange(member: tarfile.TarInfo, files: Mapping[str, bytes], where: 
         raise SaihError(f"{where}: {shown} claims {member.size} bytes")
 
 
-def _against_manifest(files: Mapping[str, bytes], archive: Path) -> list[str]:
+def _against_manifest(files: Mapping[str, bytes], where: str) -> list[str]:
     """Files that are not those that were packed."""
     wrong = []
     if files.get(MANIFEST_SHA256) != f"{_sha256(files[MANIFEST])}  {MANIFEST}\n".encode():
@@ -145,7 +148,7 @@ def _against_manifest(files: Mapping[str, bytes], archive: Path) -> list[str]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return [*wrong, f"{MANIFEST}: damaged ({type(error).__name__}: {error})"]
     if number != FORMAT:
-        raise SaihError(f"{archive}: format {str(number)[:40]}, this saih reads format {FORMAT}")
+        raise SaihError(f"{where}: format {str(number)[:40]}, this saih reads format {FORMAT}")
     for name in sorted(known.keys() | files.keys() - {MANIFEST, MANIFEST_SHA256}):
         if name not in files:
             wrong.append(f"{name}: missing")

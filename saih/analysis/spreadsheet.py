@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-BEGINNINGS = ("=", "+", "-", "@", "\t", "\r", "\n")
+BEGINNINGS = ("=", "+", "-", "@", "\t", "\n")
 """A spreadsheet computes what begins so (OWASP, CSV injection); an apostrophe before it makes it text."""
 
 
@@ -25,4 +25,7 @@ def guarded(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _harmless(value: object) -> object:
-    return f"'{value}" if isinstance(value, str) and value.startswith(BEGINNINGS) else value
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r\n", "\n").replace("\r", "\n")  # pandas would leave a carriage return unquoted
+    return f"'{text}" if text.startswith(BEGINNINGS) else text

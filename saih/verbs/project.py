@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def project(options: argparse.Namespace) -> int:
-    """Carry measured cells over to larger ones or another machine, by ceilings and scaling fits, with 90 % intervals."""
+    """Carry measured cells over to larger ones or another machine, by ceilings and by fits, with 90 % intervals."""
     from saih.report.results import read
 
     if options.leave_out and (options.at or options.to):
