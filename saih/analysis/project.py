@@ -8,6 +8,7 @@ of its series. By scaling fits: `saih.analysis.trend`, where enough sizes are me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class LeftOut:
 
     @property
     def covered(self) -> bool:
-        return self.predicted.low <= self.measured_s <= self.predicted.high
+        return bool(self.predicted.low <= self.measured_s <= self.predicted.high)
 
 
 class Sweep:
@@ -198,9 +199,8 @@ class Sweep:
                 unknown += [resource] if seconds > 0.005 * parts.sum() else []
                 speed = 1.0
             if wants > 0:
-                factor = wants / had / speed
-                total += seconds * factor
-                distance += seconds / parts.sum() * abs(float(np.log(factor)))
+                total += seconds * wants / had / speed
+                distance += seconds / parts.sum() * (abs(math.log(wants / had)) + abs(math.log(speed)))
         return (total, distance, unknown) if total > 0 else None
 
     def _speed(self, resource: str, here: str, precision: str, there: Machine | None) -> float:
