@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        goes_on = options.verb in (sweep, generate, resume, probe)
+        goes_on = options.verb in (sweep, generate, resume, probe, accept.accept)
         again = "; what was finished is kept, run the same command again" if goes_on else ""
         print(f"saih: {' '.join(f'{place}{error.strerror or error}{again}'.split())}", file=sys.stderr)
         return 2
