@@ -72,9 +72,9 @@ def _plan(bid: pd.DataFrame, site: Site, options: argparse.Namespace) -> tuple[P
     """The points of the bid on this site, and cell of the bid -> cell here."""
     from saih import jobs, probe, workload
     from saih import plan as planning
+    from saih.analysis.cells import axes_of
     from saih.core import Point, Sweep
     from saih.files import digest
-    from saih.report.grid import axes_of
 
     told = bid.attrs["sweep"]
     known = workload.parameters(workload.spec(told["workload"]))

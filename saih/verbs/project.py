@@ -66,8 +66,8 @@ def project(options: argparse.Namespace) -> int:
 
 def _sweep(results: Results) -> Sweep:
     from saih.analysis.project import Machine, Sweep
+    from saih.core import is_sized
     from saih.report.bottlenecks import judged
-    from saih.report.grid import is_sized
 
     told = results.sweep
     peak = told["site"]["peak"]
