@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from saih import __version__
 from saih.errors import SaihError
+from saih.verbs import accept, bundle, compare, export, project, verify
 
 if TYPE_CHECKING:
     from saih.core import Sweep
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        goes_on = options.verb in (sweep, generate, resume, probe)
+        goes_on = options.verb in (sweep, generate, resume, probe, accept.accept)
         again = "; what was finished is kept, run the same command again" if goes_on else ""
         print(f"saih: {' '.join(f'{place}{error.strerror or error}{again}'.split())}", file=sys.stderr)
         return 2
@@ -208,9 +209,10 @@ def cancel(options: argparse.Namespace) -> int:
 
 def gather(options: argparse.Namespace) -> int:
     """Collect a sweep's measurements into results/<sweep>.h5."""
-    from saih import jobs, store
+    from saih import jobs, power, store
 
-    print(store.gather(jobs.find(JOBS, options.sweep), RESULTS, options.mixed))
+    log = power.read_log(options.power_meter, options.meter_scope) if options.power_meter else None
+    print(store.gather(jobs.find(JOBS, options.sweep), RESULTS, options.mixed, log))
     return 0
 
 
@@ -602,6 +604,12 @@ def _parser() -> argparse.ArgumentParser:
 
     gathering = _verb(verbs, "gather", gather)
     gathering.add_argument("sweep", metavar="SWEEP")
+    gathering.add_argument(
+        "--power-meter", type=Path, metavar="FILE.csv", help="a meter's samples: columns timestamp and watts"
+    )
+    gathering.add_argument(
+        "--meter-scope", default="node", metavar="SCOPE", help="what hangs on it: device, package, node, rack (node)"
+    )
     _mixed(gathering)
 
     judging = _verb(verbs, "claims", claims)
@@ -616,6 +624,10 @@ def _parser() -> argparse.ArgumentParser:
     probing = _verb(verbs, "probe", probe)
     probing.add_argument("--site", metavar="NAME|FILE", help="which site (default: local)")
     probing.set_defaults(fresh=True, mixed=False)
+
+    for module in (compare, project, accept, bundle, verify, export):
+        name = module.__name__.rpartition(".")[2]
+        module.arguments(_verb(verbs, name, getattr(module, name)))
 
     actions = _verb(verbs, "site", site).add_subparsers(required=True, metavar="init|check")
     finding = _verb(actions, "init", _site_init)

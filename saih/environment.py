@@ -26,7 +26,7 @@ MACHINE_KEYS = (
 """Two measurements that differ in one of these do not belong in one trend."""
 
 MEASURING = (
-    *("core", "errors", "files", "workload", "launchers", "mpi", "timing", "lifeline", "load", "environment"),
+    *("core", "errors", "files", "workload", "launchers", "mpi", "timing", "lifeline", "load", "energy", "environment"),
     "worker",
 )
 """Modules of saih that run inside a job."""

@@ -29,26 +29,30 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from saih import power
 from saih.core import FORMAT, PHASES, Point
+from saih.energy import Energy
 from saih.environment import MACHINE_KEYS
 from saih.errors import SaihError
 from saih.files import blamed_on, check_record, digest, read_record
 from saih.jobs import FAILURE_KEYS, MEASUREMENT_KEYS, SWEEP_KEYS, SweepFolder
+from saih.power import JobEnergy, PowerLog
 
 TABLES = ("points", "samples", "ranks")
 NOT_STORED = ("points", "pruned")
 """Keys of sweep.json that are rows of /points instead."""
-UNITS = {"_s": "s", "_bytes": "B", "flop": "FLOP"}
+UNITS = {"_s": "s", "_bytes": "B", "flop": "FLOP", "_j": "J", "_hz": "Hz"}
 
 
-def gather(folder: SweepFolder, results: Path, mixed: bool = False) -> Path:
+def gather(folder: SweepFolder, results: Path, mixed: bool = False, log: PowerLog | None = None) -> Path:
     """Collect what is measured, failed, pruned and missing into `results`/<sweep>.h5; returns its path.
 
+    Energy is what the jobs read themselves, what the scheduler counted, and what `log`, a power meter's file, says.
     Written aside, compared with the frames it was made from, then renamed. Raises SaihError where measurements come
     from different machines or versions (unless `mixed`), or the results folder cannot be written.
     """
     sweep = folder.asked()
-    frames, environments = _collect(folder, sweep)
+    frames, environments = _collect(folder, sweep, log)
     if not mixed:
         _refuse_mixture(environments)
     path = results / f"{folder.path.name}.h5"
@@ -136,7 +140,10 @@ def _table(name: str) -> Iterator[None]:
         raise SaihError(f"{name}: damaged ({what}); gather the sweep again") from None
 
 
-def _collect(folder: SweepFolder, sweep: Mapping[str, Any]) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]]]:
+def _collect(
+    folder: SweepFolder, sweep: Mapping[str, Any], log: PowerLog | None
+) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]]]:
+    others = power.of_scheduler(folder, sweep)
     environments: dict[str, int] = {}
     distinct: list[dict[str, Any]] = []
     points: list[dict[str, Any]] = []
@@ -156,6 +163,7 @@ def _collect(folder: SweepFolder, sweep: Mapping[str, Any]) -> tuple[dict[str, p
                 row |= {f"check_{name}": float(value) for name, value in measurement["check"].items()}
                 rates = measurement.get("beside_flop_per_s", {})  # of points that asked for it
                 row |= {f"beside_{name}_flop_per_s": float(rate) for name, rate in rates.items()}
+                row |= _energy_row(measurement, others.get(planned["point"]["id"]), log)
                 row["notes"] = "\n".join(measurement.get("notes", ()))
                 row["environment"] = _intern(dict(measurement["environment"]), environments, distinct)
         elif failure.exists():
@@ -174,6 +182,22 @@ def _collect(folder: SweepFolder, sweep: Mapping[str, Any]) -> tuple[dict[str, p
         "ranks": _tidy(pd.DataFrame(ranks, columns=["point", "rank", "host"] if not ranks else None)),
     }
     return frames, distinct
+
+
+def _energy_row(measurement: Mapping[str, Any], scheduler: JobEnergy | None, log: PowerLog | None) -> dict[str, Any]:
+    """energy_<source>_j, _window_s, _hz, _scope and _how, of each source there is."""
+    found = [Energy(source, **told) for source, told in measurement.get("energy", {}).items()]
+    timed = measurement.get("timed")  # of newer measurements
+    if timed is not None:
+        found += [] if scheduler is None else [scheduler.of_window(*timed)]
+        metered = log.of_window(*timed) if log else None
+        found += [metered] if metered else []
+    row: dict[str, Any] = {"timed_begin_s": float(timed[0]), "timed_end_s": float(timed[1])} if timed else {}
+    for each in found:
+        name = f"energy_{each.source}"
+        row |= {f"{name}_j": each.joule, f"{name}_window_s": each.window_s, f"{name}_hz": each.hz}
+        row |= {f"{name}_scope": each.scope, f"{name}_how": each.how}
+    return row
 
 
 def _planned_row(sweep: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:

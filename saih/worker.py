@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from saih import environment, launchers, workload
+from saih import energy, environment, launchers, workload
 from saih.core import FORMAT, PHASES, WHOLE, Check, Context, Place, Point
 from saih.errors import SaihError
 from saih.files import blamed_on, digest, read_record, write_atomic, write_json, write_json_once
@@ -138,12 +138,14 @@ class Launch:
                 bench.ablate(part)  # type: ignore[attr-defined]  # held by the contract test
             ceilings = self._ceilings(point) if point.params.get("beside") else None
             before = ceilings.time() if ceilings else {}
-            with self._load(point):
+            with self._load(point), self._meters() as metering:
                 warm = run_steps(bench, clock, int(point.params["warmup"]), self._line_up)
                 steps = self._agree_on_steps(point, warm)
                 _reset_peak_memory(self.device)
                 io_before = _io_counters()
-                timed = run_steps(bench, clock, steps, self._line_up)
+                metering.begin()
+                timed = run_steps(bench, clock, steps, self._line_up_and(metering.look))
+                drawn = metering.end()
                 io_after = _io_counters()
             after = ceilings.time() if ceilings else {}
         finally:
@@ -159,9 +161,11 @@ class Launch:
         arrays = {name: self._gather(array) for name, array in _arrays(warm, timed).items()}
         ranks = dict(zip(per_rank, self._gather(np.array(list(per_rank.values()))).T.tolist(), strict=True))
         hosts = [bytes(row).rstrip(b"\0").decode() for row in self._gather(_host_name()).astype(np.uint8)]
+        used = self._total_energy(drawn)
         beside = {name: float(self._gather(np.array([*before[name], *after[name]])).mean()) for name in before}
         if self.place.rank == 0:
-            _store(folder, point, began, check, arrays, _without_nan(ranks), hosts, beside, self.environment)
+            told = {"timed": metering.timed, "energy": used, "beside_flop_per_s": beside}
+            _store(folder, point, began, check, arrays, _without_nan(ranks), hosts, told, self.environment)
             self._tell("measured", point)
 
     def _load(self, point: Point) -> contextlib.AbstractContextManager[None]:
@@ -170,6 +174,17 @@ class Launch:
             return contextlib.nullcontext()
         counts = int(point.params["load_readers"]), int(point.params["load_hogs"])
         return background(*counts, Path(self.pack.data_folder) / f"load-of-{socket.gethostname()}-{self.place.rank}")
+
+    def _meters(self) -> energy.Metering:
+        """The GPU's own by each rank, those of a node by the first of its ranks."""
+        cuda = self.device.startswith("cuda")
+        gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}" if cuda else None
+        return energy.Metering(energy.meters(gpu, self.place.local_rank == 0))
+
+    def _total_energy(self, drawn: list[energy.Energy]) -> dict[str, Any]:
+        """What the job drew in the timed steps, by source; on the first rank."""
+        gathered = self._gather(np.array([float(self.place.local_rank), *energy.as_numbers(drawn)])).tolist()
+        return energy.total(drawn, [row[1:] for row in gathered], [int(row[0]) for row in gathered])
 
     def _ceilings(self, point: Point) -> Beside:
         return Beside(str(point.params.get("precision", "fp32")), self.device, self._line_up)
@@ -190,6 +205,13 @@ class Launch:
         """All ranks are here: a rank that is late does not make another one's next step look long."""
         if self.place.world > 1:
             dist.barrier()
+
+    def _line_up_and(self, look: Callable[[], None]) -> Callable[[], None]:
+        def line_up() -> None:
+            look()
+            self._line_up()
+
+        return line_up
 
     def _gather(self, array: np.ndarray) -> np.ndarray:
         """`array` of every rank, stacked: [ranks, ...]. Tensors, never pickles."""
@@ -266,7 +288,7 @@ def _store(
     arrays: dict[str, np.ndarray],
     per_rank: dict[str, list[float | None]],
     hosts: list[str],
-    beside_flop_per_s: dict[str, float],
+    told: dict[str, Any],
     seen: dict[str, Any],
 ) -> None:
     """Samples first, the measurement that vouches for them last: a crash in between leaves the point not done."""
@@ -280,7 +302,7 @@ def _store(
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "check": dict(check.numbers),
         "notes": list(check.notes),
-        "beside_flop_per_s": beside_flop_per_s,
+        **told,
         "ranks": len(hosts),
         "hosts": hosts,
         "per_rank": per_rank,

@@ -16,16 +16,20 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("saih.errors", "saih.lifeline"),
-    ("saih.files", "saih.load"),
+    ("saih.files", "saih.load", "saih.energy"),
     ("saih.core",),
     ("saih.launchers", "saih.workload", "saih.timing", "saih.environment", "saih.yamlfile", "saih.schedulers"),
-    ("saih.site", "saih.sweep", "saih.mpi"),
+    ("saih.site", "saih.sweep", "saih.mpi", "saih.weights"),
     ("saih.analysis", "saih.plan"),
     ("saih.catalogue", "saih.dataset", "saih.probe", "saih.refine", "saih.discover"),
     ("saih.jobs",),
+    ("saih.power",),
     ("saih.drive", "saih.store"),
     ("saih.check",),
     ("saih.report", "saih.live", "saih.text"),
+    ("saih.export",),
+    ("saih.bundle",),
+    ("saih.verbs",),
     ("saih.cli",),
 )
 """From the bottom up: a module imports from layers below its own, and from its own package. A new one goes here."""
@@ -37,6 +41,7 @@ WORKER_MAY_USE = {
     "saih.environment",
     "saih.launchers",
     "saih.load",
+    "saih.energy",
     "saih.lifeline",
     "saih.core",
     "saih.files",
@@ -46,7 +51,7 @@ WORKLOADS_MAY_USE = {"saih.core", "saih.errors", "saih.timing", "saih.files", "s
 OUTSIDE_THE_WORKER = {"h5py", "pandas", "matplotlib", "jinja2", "yaml", "pydantic", "rich", "scipy"}
 IMPORT_TORCH = {"saih.timing", "saih.worker"}
 """The only modules of saih that import torch when they are imported."""
-STANDARD_LIBRARY_ONLY = {"saih.core", "saih.errors", "saih.files", "saih.lifeline", "saih.load"}
+STANDARD_LIBRARY_ONLY = {"saih.core", "saih.errors", "saih.files", "saih.lifeline", "saih.load", "saih.energy"}
 SOLE_USERS = {"h5py": {"saih.store"}, "matplotlib": {"saih.report"}, "jinja2": {"saih.jobs", "saih.report"}}
 
 FORBIDDEN = {

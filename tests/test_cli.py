@@ -1,5 +1,6 @@
 """The command line: what it loads, what it prints, and one clear line with exit status 2 for every mistake."""
 
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,12 @@ import pytest
 from saih import __version__, cli, discover, site, store
 from tests.synthetic import Scenario, make
 
-VERBS = ("list", "generate", "sweep", "status", "resume", "cancel", "gather", "claims", "report", "probe", "site")
+OWN_MODULES = ("compare", "project", "accept", "bundle", "verify", "export")
+"""Verbs that have a module each in saih.verbs."""
+VERBS = (
+    *("list", "generate", "sweep", "status", "resume", "cancel", "gather", "claims", "report", "probe", "site"),
+    *OWN_MODULES,
+)
 SITE = """\
 device: cpu
 device_name: Z80
@@ -93,10 +99,13 @@ def test_planning_never_loads_torch(words: list[str]) -> None:
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     overview = " ".join(said(capsys, "--help").split())
     for verb in VERBS:
-        function = cli.list_ if verb == "list" else getattr(cli, verb)
+        home = importlib.import_module(f"saih.verbs.{verb}") if verb in OWN_MODULES else cli
+        function = cli.list_ if verb == "list" else getattr(home, verb)
         summary = " ".join(function.__doc__.split())
         assert summary in overview
-        assert summary in " ".join(said(capsys, verb, "--help").split())
+        help_text = said(capsys, verb, "--help")
+        assert summary in " ".join(help_text.split())
+        assert verb not in OWN_MODULES or f"example: saih {verb} " in " ".join(help_text.split())
     assert set(re.findall(r"^    ([a-z]+)", said(capsys, "--help"), re.MULTILINE)) == set(VERBS)
     assert said(capsys, "--version") == f"saih {__version__}\n"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from saih import cli, site, store, sweep
+from saih import cli, site, store, sweep, weights
 from tests.cluster.slurm import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def test_the_documented_example_is_a_workload_that_sweeps(tmp_path: Path) -> Non
     assert "triad fusing-pays: measured" in judged.stdout
 
 
-CHEAP = ("list", "claims", "report", "status")
+CHEAP = ("list", "claims", "report", "status", "compare", "project", "export", "bundle")
 """Verbs that only read."""
 
 
@@ -141,7 +141,7 @@ def test_documented_commands_that_only_read_really_run(command: str, tmp_path: P
     if "--json" in words:
         assert json.loads(answer.stdout)
     if words[0] == "report":
-        page = tmp_path / answer.stdout.strip()
+        page = tmp_path / answer.stdout.splitlines()[0]
         assert page.read_text().rstrip().endswith("</html>")
 
 
@@ -164,6 +164,12 @@ def test_every_study_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     for study in studies:
         _, sweeps = cli._asked(cli._parser().parse_args(["sweep", str(study)]))
         assert all(sweep.points(asked, {}) for asked in sweeps)
+
+
+def test_documented_weights_are_weights(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```\n(reference: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "weights.yaml").write_text(block)
+    assert weights.read(tmp_path / "weights.yaml", ["old", "new"], ["cosmoflow", "generation"]).currency == "EUR"
 
 
 def test_documented_sites_are_site_files(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ A scheduler module defines
 - `find(home) -> str | None`: the id of a job folder's job where nobody wrote it down, if it was submitted; SaihError
   where that cannot be known now;
 - `states(ids) -> dict[str, State]`: the state of many ids in one call; an id nobody knows any more is "ended";
-- `cancel(ids)`: stop them.
+- `cancel(ids)`: stop them;
+- `energies(ids) -> dict[str, (joule, seconds)]`, only where it counts energy: of those jobs it has counted.
 """
 
 from __future__ import annotations

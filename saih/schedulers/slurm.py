@@ -134,6 +134,25 @@ def _remembered(numbers: Sequence[str]) -> str:
     return answer.stdout if answer.returncode == 0 else ""
 
 
+def energies(ids: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """(joule, seconds) of those jobs whose energy Slurm has counted; none without accounting or an energy plugin.
+
+    Every step counts all of its nodes: of a job the step that counted most stands for it, or nodes would count twice.
+    """
+    if not ids:
+        return {}
+    names = {number_of(name): name for name in ids}
+    fields = "--format=JobIDRaw,ConsumedEnergyRaw,ElapsedRaw"
+    answer = call(["sacct", "--noheader", "--parsable2", f"--jobs={','.join(names)}", fields])
+    found: dict[str, tuple[float, float]] = {}
+    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
+        job, joule, seconds = [*line.split("|"), "", ""][:3]
+        name = names.get(job.split(".")[0])
+        if name and joule.isdecimal() and seconds.isdecimal() and int(seconds) > 0 and int(joule) > 0:
+            found[name] = max(found.get(name, (0.0, 1.0)), (float(joule), float(seconds)))
+    return found
+
+
 def _parse(lines: str) -> dict[str, State]:
     found = {}
     for line in lines.splitlines():
