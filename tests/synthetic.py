@@ -146,7 +146,7 @@ def _measure(scenario: Scenario, point: Point, home: Path) -> None:
         "ended": "2026-01-02T03:04:06+00:00",
         "check": dict(scenario.check(point.params)),
         "ranks": point.ranks,
-        "hosts": ["n1"] * point.ranks,
+        "hosts": [scenario.environment(point).get("host", "n1")] * point.ranks,
         "per_rank": {key: [value] * point.ranks for key, value in per_rank.items()},
         "samples_sha256": hashlib.sha256(content).hexdigest(),
         "environment": dict(scenario.environment(point)),

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from saih.analysis import numbers
-from saih.analysis.bottleneck import CACHED_SHARE, TIMED, Share, Verdict, busy_ranks, verdicts
+from saih.analysis.bottleneck import CACHED_SHARE, TIMED, Share, Verdict
 from saih.analysis.contention import contention
 from saih.report.grid import MOST_GROUPS, layout, left_out, spread, words
 from saih.report.results import Results
@@ -30,24 +30,17 @@ class Map:
     """Of each rung of the second axis: (verdict, share, whether it is certain) for each of the first."""
 
 
-def judged(results: Results) -> list[Verdict]:
-    """The verdict on every measured cell that is as users run it."""
-    if results.whole.empty:
-        return []
-    return verdicts(results.points, results.samples, results.ranks, results.by_point, results.cells, results.sweep)
-
-
-def rows(results: Results, found: list[Verdict]) -> list[dict[str, Any]]:
+def rows(results: Results) -> list[dict[str, Any]]:
     """For a spread of cells: labels, bars, verdict, evidence, and what doubling each part's speed would give."""
-    return [_row(results, verdict) for verdict in spread(found, MOST_ROWS)]
+    return [_row(results, verdict) for verdict in spread(results.verdicts, MOST_ROWS)]
 
 
-def maps(results: Results, found: list[Verdict]) -> tuple[list[Map], str]:
+def maps(results: Results) -> tuple[list[Map], str]:
     """A map of verdicts for each combination of the further axes; and how many are left out."""
     plan = layout(results.problem_axes)
     if plan.lines is None:
         return [], ""
-    by_cell = {verdict.cell: verdict for verdict in found}
+    by_cell = {verdict.cell: verdict for verdict in results.verdicts}
     combinations = list(plan.split(results.undisturbed))
     told = [_map(words(labels), cells, plan, by_cell) for labels, cells in combinations[:MOST_GROUPS]]
     return told, left_out(len(combinations), "map")
@@ -70,25 +63,6 @@ def slopes(results: Results) -> list[dict[str, str]]:
     return told
 
 
-def over_ranks(results: Results) -> list[dict[str, Any]]:
-    """How long the ranks of a cell are busy in a step, a row a cell that has several: spread, and who comes last."""
-    found = busy_ranks(results.points, results.samples, results.ranks)
-    told = []
-    for cell, ranks in found[found["cell"].isin(results.whole.index)].groupby("cell", sort=False):
-        fastest, slowest = ranks.loc[ranks["busy_s"].idxmin()], ranks.loc[ranks["busy_s"].idxmax()]
-        told.append(
-            {
-                "labels": [str(results.cells.at[cell, f"label_{axis.name}"]) for axis in results.axes],
-                "fastest": numbers.si(fastest["busy_s"], "s"),
-                "median": numbers.si(ranks["busy_s"].median(), "s"),
-                "slowest": numbers.si(slowest["busy_s"], "s"),
-                "apart": numbers.three(100 * (slowest["busy_s"] / ranks["busy_s"].median() - 1)),
-                "last": f"rank {slowest['rank']} on {slowest['host']}",
-            }
-        )
-    return spread(told, MOST_ROWS)
-
-
 def cache_rule(results: Results) -> str:
     """Whether data sets are large enough not to be kept in memory, by MLPerf Storage's rule; empty if nothing is read.
 
@@ -108,10 +82,10 @@ def cache_rule(results: Results) -> str:
     )
 
 
-def table(results: Results, found: list[Verdict]) -> pd.DataFrame:
+def table(results: Results) -> pd.DataFrame:
     """One row a cell, for download: verdict, evidence, and of each part its share and the gain of doubling it."""
     records = []
-    for verdict in found:
+    for verdict in results.verdicts:
         cell = results.cells.loc[verdict.cell]
         record: dict[str, Any] = {"cell": verdict.cell}
         record |= {f"label_{axis.name}": cell[f"label_{axis.name}"] for axis in results.axes}

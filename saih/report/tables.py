@@ -226,6 +226,7 @@ def _cell_row(results: Results, cell: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "labels": _labels(results.axes, cell),
         "status": cell["status"],
+        "measured_as": cell["measured_as"],
         "kind": cell["kind"],
         "ranks": numbers.whole(cell["ranks"]),
         "repeats": numbers.whole(cell["repeats"]),
