@@ -160,6 +160,8 @@ def _scale(axes: Axes, panel: Panel) -> None:
     axes.set_xticks([], minor=True)
     if panel.logarithmic:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
     else:
         axes.set_ylim(panel.y_bottom, panel.y_top)
     axes.set_xlabel(panel.x.label)
