@@ -85,10 +85,9 @@ def cache_rule(results: Results) -> str:
 def table(results: Results) -> pd.DataFrame:
     """One row a cell, for download: verdict, evidence, and of each part its share and the gain of doubling it."""
     records = []
+    labels = results.cells[[f"label_{axis.name}" for axis in results.axes]].to_dict("index")
     for verdict in results.verdicts:
-        cell = results.cells.loc[verdict.cell]
-        record: dict[str, Any] = {"cell": verdict.cell}
-        record |= {f"label_{axis.name}": cell[f"label_{axis.name}"] for axis in results.axes}
+        record: dict[str, Any] = {"cell": verdict.cell} | labels[verdict.cell]
         record |= {"bottleneck": verdict.bottleneck, "certain": verdict.certain, "evidence": verdict.evidence}
         record["from_storage"] = verdict.from_storage
         if verdict.slowest:
@@ -120,11 +119,8 @@ def _row(results: Results, verdict: Verdict) -> dict[str, Any]:
 
 def _map(caption: str, cells: pd.DataFrame, plan: Any, by_cell: dict[str, Verdict]) -> Map:
     across, down = plan.across, plan.lines
-    places = {
-        (row[f"label_{across.name}"], row[f"label_{down.name}"]): by_cell[str(cell)]
-        for cell, row in cells.iterrows()
-        if cell in by_cell
-    }
+    labels = zip(cells[f"label_{across.name}"], cells[f"label_{down.name}"], strict=True)
+    places = {place: by_cell[cell] for cell, place in zip(cells.index, labels, strict=True) if cell in by_cell}
     told = []
     for rung in down.rungs:
         line = [places.get((column.label, rung.label)) for column in across.rungs]

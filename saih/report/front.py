@@ -97,16 +97,14 @@ def row(studies: Sequence[Results], anchor: str, committed: Mapping[str, int]) -
 
 def _target(parts: Sequence[tuple[Results, pd.DataFrame]]) -> tuple[Results, pd.Series]:
     """The largest size measured: most FLOP in a step of a rank, or most work; of several, the one that is fastest."""
-    best: tuple[tuple[float, ...], Results, pd.Series] | None = None
+    tried = []
     for one, cells in parts:
-        per_rank = cells[["flop", "units"]].div(cells["ranks"], axis=0).fillna(0.0)
-        for name in cells.index:
-            key = (float(f"{per_rank.at[name, 'flop']:.3g}"), float(f"{per_rank.at[name, 'units']:.3g}"))
-            place = (*key, float(cells.at[name, "work_per_s_per_rank"]))
-            if best is None or place > best[0]:
-                best = (place, one, cells.loc[name])
-    assert best is not None  # noqa: S101 (callers have a cell)
-    return best[1], best[2]
+        table = cells[["flop", "units"]].div(cells["ranks"], axis=0).fillna(0.0)
+        table = table.map(lambda size: float(f"{size:.3g}")).assign(speed=cells["work_per_s_per_rank"])
+        largest = table.sort_values(["flop", "units", "speed"]).iloc[-1]
+        tried.append((tuple(largest), one, cells.loc[largest.name]))
+    _, study, cell = max(tried, key=lambda each: each[0])
+    return study, cell
 
 
 def _percent(parts: Sequence[tuple[Results, pd.DataFrame]]) -> Fact:
@@ -174,7 +172,7 @@ def _gains(study: Results, target: str) -> list[tuple[str, str]]:
         span = f"{low:.2f} to {high:.2f}" if pd.notna(low) else ""
         span = f" ({span})" if len(set(span.split(" to "))) > 1 else ""
         cached = part == "input" and share.of_step >= NEGLIGIBLE and here.from_storage < CACHED_SHARE
-        told.append((f"{name} (page cache)" if cached else name, f"{gain:.2f} x{span}"))
+        told.append((f"{name} (page cache)" if cached else name, f"{gain:.2f}\N{NO-BREAK SPACE}x{span}"))
     return told
 
 

@@ -40,7 +40,7 @@
       more.textContent = `show all ${matching.length}`
     }
 
-    if (rows.length > 8) {
+    if (rows.length > 8 && !table.matches(".ledger")) {
       const tools = element("div", { className: "tools" })
       const label = element("label", { textContent: "Filter rows " })
       const input = element("input", { type: "search" })
