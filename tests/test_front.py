@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from saih import store
-from saih.core import Axis, Params, Rung
+from saih.core import Axis, Params, Point, Rung
 from saih.errors import SaihError
 from saih.report import committed, front, kinds, page, results, sides, spreads
 from saih.report.results import Results
-from tests.synthetic import DATA, MODEL, SITE, Scenario, make
+from tests.synthetic import DATA, MODEL, SITE, Outcome, Scenario, make
 
 GPUS = Axis("gpus", "per node", tuple(Rung(str(n), {"gpus": n}, n) for n in (1, 2)))
 OTHER = SITE.model_copy(update={"name": "rival"})
@@ -178,3 +178,14 @@ def test_raw_repeats_stand_beside_their_median(tmp_path: Path) -> None:
     assert total == 4
     assert all(len(row.values) == len(row.dots) == 3 for row in rows)
     assert all(0.0 in row.dots for row in rows), "the median of three is one of them"
+
+
+def test_points_that_failed_their_check_are_counted_beside_the_gains(tmp_path: Path) -> None:
+    def outcome(point: Point) -> Outcome:
+        return Outcome("failed", "check-failed", "wrong loss") if point.labels["data"] == "16" else Outcome()
+
+    scenario = Scenario(axes=(DATA,), workload="cosmoflow", outcome=outcome)
+    assert "1 point here failed it" in shown(page.write(gathered(tmp_path, scenario), tmp_path / "page.html"))
+    assert "no point here failed it" in shown(
+        page.write(gathered(tmp_path, Scenario(axes=(DATA,), workload="cosmoflow"), "b"), tmp_path / "page.html")
+    )
