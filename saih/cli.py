@@ -236,6 +236,8 @@ def report(options: argparse.Namespace) -> int:
     output = options.output or REPORTS / f"{'report' if others else first.stem}.html"
     commitments = committed.load(options.committed) if options.committed else ()
     print(page.write(options.results, output, commitments=commitments))
+    if not others:
+        print(page.headline(first))
     return 0
 
 
@@ -248,9 +250,7 @@ def probe(options: argparse.Namespace) -> int:
     _check_folders()
     path, parts = _probe(site, options)
     print(f"ceilings {path}")
-    ceilings = read_json(path)
-    for name, results in parts.items():
-        print(f"report   {page.write(results, REPORTS / f'{results.stem}.html', ceilings)} ({name})")
+    print(f"report   {page.write_ceilings(parts, REPORTS / f'{path.stem}.html', read_json(path))}")
     return 0
 
 
@@ -447,7 +447,8 @@ def _probe_part(part: Part, site: Site, options: argparse.Namespace) -> tuple[Pa
         site=site.name,
         time_budget_s=part.time_budget_s,
     )
-    plan = _plan(asked, site, None, fresh=True)
+    launched = site.model_copy(update={"launcher": part.launcher}) if part.launcher else site
+    plan = _plan(asked, launched, None, fresh=True)
     folder = _drive(plan, options, None, ["saih", "probe", "--site", site.name])
     results = store.gather(folder, RESULTS, options.mixed)
     points, samples = store.load(results), store.load_samples(results)

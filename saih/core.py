@@ -134,6 +134,11 @@ class Axis:
         return Axis(self.name, self.unit, tuple(rung for rung in self.rungs if rung.label in wanted))
 
 
+def is_sized(axis: Axis) -> bool:
+    """False where the sizes only number the rungs: names have no size."""
+    return [rung.size for rung in axis.rungs] != list(range(len(axis.rungs)))
+
+
 def axis_of(parameter: Parameter, values: Sequence[object] = (), where: str = "") -> Axis:
     """Any parameter as an axis: one rung for each value, by default for each of its choices."""
     if not values and not parameter.choices:
@@ -314,7 +319,8 @@ class Claim:
 
     Without a denominator it is about `metric` at `numerator` itself.
 
-    The metric is `step_s`, a rate, or `check_<name>` for a number of `Check.numbers`: quality, say, or counted work.
+    The metric is `step_s`, a rate, `share_<phase>` of the time, or `check_<name>` for a number of `Check.numbers`:
+    quality, say, or counted work.
     A number `predicted_<metric>`, without the metric's own `check_`, is the workload's prediction of it at a point; the
     ratio of two stands beside the measured one. Where there is none, the plan's stands there, if it has one. Numbers
     `simulated_<name>` are the same in every repeat: one repeat decides.

@@ -69,6 +69,9 @@ LAUNCHERS: dict[str, Callable[[Job, str, Sequence[str], Sequence[str]], list[str
     launcher.__name__: launcher for launcher in (torchrun, srun, flux, mpiexec, openmpi, horovodrun)
 }
 
+MPI_LAUNCHERS = {"mpiexec": False, "openmpi": True}
+"""Launchers that are an MPI's own -> whether it is Open MPI's."""
+
 ENVIRONMENTS = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE"),  # torchrun
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
@@ -101,7 +104,7 @@ def command(
     words = LAUNCHERS[launcher](job, mpi, python, worker)
     if launcher == "torchrun" and job.nodes > 1:
         return command(agents, replace(job, gpus=1), "", [], words, mpiexec=mpiexec)
-    return [mpiexec, *words[1:]] if mpiexec and launcher in ("mpiexec", "openmpi") else words
+    return [mpiexec, *words[1:]] if mpiexec and launcher in MPI_LAUNCHERS else words
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -118,6 +121,12 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     if found:
         return found
     raise SaihError(f"no launcher told this process its rank; start it with one of: {', '.join(LAUNCHERS)}")
+
+
+def find_mpi() -> str:
+    """The launcher of an MPI that is here, MPICH or its kin before Open MPI; empty where there is none."""
+    here = (name for name, of_open_mpi in MPI_LAUNCHERS.items() if Path(_mpiexec(of_open_mpi)).is_absolute())
+    return next(here, "")
 
 
 @cache

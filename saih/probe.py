@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +13,74 @@ from saih.analysis.ceilings import mismatch
 from saih.core import Value
 from saih.errors import SaihError
 from saih.files import read_json, write_json
+from saih.launchers import MPI_LAUNCHERS, find_mpi
 from saih.site import Site, cpu_name, find_gpus
 
 WORKLOAD = "ceilings"
 REPEAT = 3
 MESSAGES = tuple(2**power for power in (3, 10, 16, 20, 22, 24, 26))
 DENSE = ("gemm", "conv3d", "copy", "triad")
+PRECISIONS = ("fp32", "bf16")
+AT_ONCE = "kernels at once"
 Axes = Mapping[str, Sequence[Value] | None]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One grid of the ceilings workload, with results and a page of its own."""
+    """One grid of the ceilings workload, with a results file of its own."""
 
     axes: Axes
     settings: Mapping[str, Value]
     time_budget_s: float
+    launcher: str = ""
+    """What starts its ranks; empty for what the site says."""
 
 
 def parts(site: Site) -> dict[str, Part]:
     """What is swept on a site: host links where devices have one, collectives where there are several ranks."""
     quick: dict[str, Value] = {"seconds": 0.1, "steps": 3, "max_steps": 20}
-    found = {"kernels": Part({"kernel": DENSE, "size": None, "precision": ("fp32", "bf16")}, quick, 40.0)}
+    several = _several_ranks(site, quick)
+    at_once = {name: part for name, part in several.items() if name == AT_ONCE}  # their rates give way to `kernels`
+    found = at_once | {"kernels": Part({"kernel": DENSE, "size": None, "precision": PRECISIONS}, quick, 40.0)}
     if site.device == "cuda":
         axes: Axes = {"kernel": ("upload", "download"), "pinned": (False, True), "size": (1024, 4096, 8192)}
         found["host link"] = Part(axes, quick, 30.0)
-    if site.nodes * site.gpus_per_node > 1:
-        ranks, most = ("gpus", site.gpus_per_node) if site.gpus_per_node > 1 else ("nodes", site.nodes)
-        pair: dict[str, Value] = {ranks: 2}
-        rest: dict[str, Value] = {} if ranks == "gpus" else {"gpus": 1}
-        powers = [2**power for power in range(1, most.bit_length())]
-        axes = {"kernel": ("allreduce",), "message_bytes": MESSAGES, ranks: powers}
-        found["collectives"] = Part(axes, quick | rest, 60.0)
-        axes = {"kernel": ("pingpong",), "message_bytes": MESSAGES}
-        found["point to point"] = Part(axes, quick | rest | pair, 30.0)
+    found |= several
     axes = {"kernel": ("read", "write"), "pattern": None, "cache": None}
     found["storage"] = Part(axes, {"seconds": 0.2, "steps": 3, "warmup": 1, "max_steps": 20}, 60.0)
     found["launch and open"] = Part({"kernel": ("open", "launch")}, quick, 30.0)
     return found
+
+
+def _several_ranks(site: Site, quick: Mapping[str, Value]) -> dict[str, Part]:
+    """What ranks do at once on a node, and what passes between them, by torch and by MPI where there is one."""
+    if site.nodes * site.gpus_per_node == 1:
+        return {}
+    ranks, most = ("gpus", site.gpus_per_node) if site.gpus_per_node > 1 else ("nodes", site.nodes)
+    powers = [2**power for power in range(1, most.bit_length())]
+    rest: dict[str, Value] = dict(quick) if ranks == "gpus" else {**quick, "gpus": 1}
+    found = {}
+    if ranks == "gpus":
+        axes: Axes = {"kernel": ("conv3d", "copy"), "size": (1024, 4096), "precision": PRECISIONS, ranks: [1, *powers]}
+        found[AT_ONCE] = Part(axes, quick, 50.0)
+    axes = {"kernel": ("allreduce",), "message_bytes": MESSAGES, ranks: powers}
+    found["collectives"] = Part(axes, rest, 60.0)
+    launcher = _mpi_launcher(site)
+    if launcher:
+        axes = {"kernel": ("allreduce",), "transport": ("mpi",), "message_bytes": MESSAGES, ranks: powers}
+        found["collectives over MPI"] = Part(axes, rest, 30.0, launcher)
+    axes = {"kernel": ("pingpong",), "message_bytes": MESSAGES}
+    found["point to point"] = Part(axes, {**rest, ranks: 2}, 30.0)
+    return found
+
+
+def _mpi_launcher(site: Site) -> str:
+    """What starts ranks that MPI knows; empty where there is no MPI, or no mpi4py."""
+    if find_spec("mpi4py") is None:
+        return ""
+    if site.launcher in MPI_LAUNCHERS or (site.launcher == "srun" and site.mpi):
+        return site.launcher
+    return find_mpi() if site.scheduler == "local" else ""
 
 
 def path_of(results: Path, site: Site) -> Path:

@@ -323,6 +323,29 @@ def test_a_trace_of_azure_is_served_from_end_to_end(tmp_path: Path) -> None:
     assert asked[90].arrival_s == pytest.approx(90.0)
 
 
+def test_a_trace_of_azure_is_decoded_really(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first lines of a file in the published layout: lengths are the file's, shorter by `shrink`; tokens right."""
+    monkeypatch.setattr(
+        bench.calibrate,
+        "fit_kernel",
+        lambda worker: (fit([Load(1, 1, 1, 0)] * 4, [1.0] * 4, bench.calibrate.DECODE_TERMS),) * 2,
+    )
+    path = tmp_path / "azure.csv"
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,374,44\n"
+        "2023-11-16 18:15:50.9951690,396,109\n"
+        "2023-11-16 18:15:51.2224670,879,55\n"
+        "2023-11-16 18:15:51.3910170,91,16\n"
+    )
+    made = ready(trace=str(path), requests=4, shrink=8, attention="ragged")
+    check = made.check()
+    assert check.passed, check.why
+    assert check.numbers["requests_served"] == 4
+    assert [len(each.prompt) for each in made.trace] == [46, 49, 109, 11]
+    made.close()
+
+
 def test_prompts_can_be_part_of_a_step_and_transformers_serves_the_same_tokens() -> None:
     package("transformers")
     made = {

@@ -18,6 +18,7 @@ from saih.core import PHASES
 
 CEILINGS = {"rates": {"fp32": 1e9, "copy": 1e9, "launch_s": 1e-4}}
 """1 GFLOP/s, 1 GB/s, 0.1 ms a launch."""
+SITE: dict[str, Any] = {"site": {"peak": {"flop_per_s": {}}}}
 STEPS = 4
 
 
@@ -37,9 +38,11 @@ class Cell:
     """Of each repeat: what all of it takes over what it should."""
 
 
-def judge(*cells: Cell) -> list[Verdict]:
+def judge(*cells: Cell, axis: tuple[str, Sequence[int]] = ("size", (1, 2))) -> list[Verdict]:
+    """On these cells of a sweep over one axis of these sizes, and over what is taken out."""
     points, samples, ranks = tables(cells)
-    sweep: dict[str, Any] = {"ceilings": CEILINGS, "site": {"peak": {"flop_per_s": {}}}}
+    rungs = [{"label": str(size), "params": {}, "size": size} for size in axis[1]]
+    sweep = {"ceilings": CEILINGS, "axes": [{"name": axis[0], "unit": "", "rungs": rungs}]} | SITE
     steps = job_steps(points, samples)
     repeats = per_point(points, steps, sweep)
     return verdicts(points, samples, ranks, repeats, per_cell(points, steps, sweep), sweep)
@@ -157,7 +160,7 @@ def test_a_slow_rank_is_a_straggler_with_a_name_and_ranks_that_take_turns_are_no
 
 def test_cells_that_only_read_have_no_growth_of_computing() -> None:
     points, samples, ranks = tables([Cell([{"input": 1.0}], moved_bytes=1e6)])
-    points, sweep = points.drop(columns=["label_ablation", "param_ablation"]), {"site": {"peak": {"flop_per_s": {}}}}
+    points, sweep = points.drop(columns=["label_ablation", "param_ablation"]), {"axes": []} | SITE
     steps = job_steps(points, samples)
     cells, repeats = per_cell(points, steps, sweep), per_point(points, steps, sweep)
     assert one(verdicts(points, samples, ranks, repeats, cells, sweep)).bottleneck == "input"
@@ -198,8 +201,16 @@ def test_without_experiments_nothing_is_taken_to_overlap() -> None:
     assert set(one(judge(Cell([{"compute": 1.0}]))).shares) == set(TIMED)
 
 
-def test_another_precision_is_no_larger_cell() -> None:
-    took_s, work_s = pd.Series([1.0, 1.0], ["bf16", "fp32"]), pd.Series([0.1, 0.4], ["bf16", "fp32"])
-    cells = pd.DataFrame({"label_precision": ["bf16", "fp32"], "ranks": 1}, index=["bf16", "fp32"])
-    assert elasticities(cells, took_s, work_s) == {}
-    assert elasticities(cells.rename(columns={"label_precision": "label_data"}), took_s, work_s) == {"bf16": 0.0}
+def test_only_along_an_axis_of_sizes_is_a_cell_larger() -> None:
+    """A variant that does more work in the same time says nothing of launches."""
+    took_s, work_s = pd.Series([1.0, 1.0, 4.0], [*"abc"]), pd.Series([0.1, 0.4, 0.4], [*"abc"])
+    cells = pd.DataFrame({"label_variant": [*"xyx"], "label_data": ["1", "1", "2"], "ranks": 1}, index=[*"abc"])
+    assert elasticities(cells, took_s, work_s, ["data"]) == {"a": 1.0}
+    assert elasticities(cells, took_s, work_s, ["variant", "data"]) == {"a": 0.0}
+
+
+def test_a_variant_with_more_work_in_the_same_time_makes_no_launch_of_the_other() -> None:
+    few = Cell([{"compute": 1.0}], flop=0.3e9, moved_bytes=0.1e9)
+    more = Cell([{"compute": 1.0}], flop=0.6e9, moved_bytes=0.2e9, size=2)
+    assert "work^0.00" in judge(few, more, axis=("size", (1, 2)))[0].evidence
+    assert "work^" not in judge(few, more, axis=("variant", (0, 1)))[0].evidence

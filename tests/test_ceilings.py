@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from saih import probe, workload
-from saih.analysis.ceilings import find_ceilings, mismatch, unit
+from saih.analysis.ceilings import find_ceilings, merged, mismatch, unit
 from saih.core import Context, Place, Point, Value
 from saih.errors import SaihError
 from saih.sweep import make_sweep, points
@@ -167,7 +167,7 @@ def test_rates_have_names_units_and_no_time_before_the_call() -> None:
     ]
     table = pd.DataFrame(rows, columns=["param_kernel", "moved_bytes", "units", "step_s", "share_other"])
     table = table.assign(status="measured", flop=0.0, precision="fp32", param_pattern="random", param_cache="cold")
-    table["param_message_bytes"] = table["moved_bytes"] / 2
+    table["param_message_bytes"], table["ranks"] = table["moved_bytes"] / 2, 1
     table = table.assign(step_s_low=table["step_s"] / 2, step_s_high=table["step_s"] * 2)
     found = find_ceilings(table, {})
     assert found["rates"] == pytest.approx(
@@ -196,11 +196,33 @@ def test_a_site_is_probed_for_what_it_has() -> None:
     clustered = probe.parts(site.model_copy(update={"gpus_per_node": 1, "nodes": 4}))
     assert clustered["collectives"].axes["nodes"] == [2, 4]
     assert clustered["point to point"].settings["nodes"] == 2
+    assert "kernels at once" not in clustered, "a rank has a node for itself"
+    assert next(iter(probe.parts(site))) == "kernels at once", "its rates give way to those over all sizes"
     assert "host link" in probe.parts(site.model_copy(update={"device": "cuda"}))
-    for part in clustered.values():
+    for part in (*clustered.values(), *probe.parts(site).values()):
         asked = make_sweep(probe.WORKLOAD, part.axes, part.settings)
         for point in points(asked, {}):
             assert spec.cost(point.params).operations
+
+
+@pytest.mark.parametrize(
+    ("changes", "here", "launcher"),
+    [
+        ({}, "mpiexec", "mpiexec"),
+        ({}, "", None),
+        ({"launcher": "openmpi"}, "mpiexec", "openmpi"),
+        ({"scheduler": "slurm", "launcher": "srun"}, "mpiexec", None),
+        ({"scheduler": "slurm", "launcher": "srun", "mpi": "pmi2"}, "mpiexec", "srun"),
+    ],
+)
+def test_collectives_go_over_mpi_where_there_is_one(
+    changes: dict[str, str], here: str, launcher: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "find_mpi", lambda: here)
+    found = probe.parts(cpu_site(**changes)).get("collectives over MPI")
+    assert (found.launcher if found else None) == launcher
+    monkeypatch.setattr(probe, "find_spec", lambda name: None)
+    assert "collectives over MPI" not in probe.parts(cpu_site(**changes))
 
 
 def cells() -> pd.DataFrame:
@@ -214,7 +236,8 @@ def cells() -> pd.DataFrame:
         ("gemm", 8192, "fp32", 1e15, 1e9, 1.0),
     ]
     table = pd.DataFrame(rows, columns=["param_kernel", "param_size", "precision", "flop", "moved_bytes", "step_s"])
-    return table.assign(status=["measured"] * 6 + ["failed"], step_s_low=table["step_s"], step_s_high=table["step_s"])
+    table = table.assign(status=["measured"] * 6 + ["failed"], ranks=1)
+    return table.assign(step_s_low=table["step_s"], step_s_high=table["step_s"])
 
 
 def test_the_best_sustained_rates_are_taken_and_the_largest_copy() -> None:
@@ -225,6 +248,30 @@ def test_the_best_sustained_rates_are_taken_and_the_largest_copy() -> None:
     assert mismatch(found, here) == ""
     assert mismatch(found, here | {"host": "another"}) == ""
     assert "processor is 'Q', not 'P'" in mismatch(found, here | {"processor": "Q"})
+
+
+def test_several_ranks_at_once_have_a_share_of_the_ceiling_and_do_not_raise_it() -> None:
+    """Two ranks do twice the FLOP of a cell in more time; what counts is the time, of the same kernel and size."""
+    alone, both = cells(), cells().assign(ranks=2)
+    both[["flop", "moved_bytes"]] *= 2
+    both["step_s"] = [
+        0.02,
+        0.05,
+        0.02,
+        0.0125,
+        1e-5,
+        0.2,
+        1.0,
+    ]  # fp32 takes twice as long, bf16 a quarter more
+    found = find_ceilings(pd.concat([alone, both], ignore_index=True), {})
+    assert found["rates"] == pytest.approx({"fp32": 200e9, "bf16": 300e9, "copy": 20e9})
+    assert found["together"]["fp32"] == pytest.approx({"2": 0.5})
+    assert found["together"]["bf16"] == pytest.approx({"2": 0.8})
+    assert found["together"]["copy"] == pytest.approx({"2": 0.25})
+    assert find_ceilings(both, {})["rates"]["copy"] == pytest.approx(5e9), "of one of the ranks"
+    kept = merged([found, find_ceilings(alone, {}) | {"rates": {"fp32": 1.0}}])
+    assert kept["together"] == found["together"]
+    assert kept["rates"]["fp32"] == 1.0
 
 
 def test_the_largest_all_reduce_of_each_transport_counts() -> None:

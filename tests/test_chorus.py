@@ -50,7 +50,7 @@ def served_in_full(tiny: Tiny, attention: CrossAttention | None = None) -> tuple
     result = tiny.loop.generate(tiny.request, policy)
     entry = Entry(KEY, "a b c d e f", 0, torch.ones(1), result.latents, policy.latents)
     if attention is not None:
-        entry.attention = attention.seen
+        entry.attention = attention.seen()
     return entry, result.latents
 
 
@@ -166,11 +166,11 @@ def test_what_is_seen_is_the_mean_attention_of_the_block_in_the_middle() -> None
     video, text = torch.randn(1, 10, 24), torch.randn(1, 6, 24)
     with attention.watched():
         module(video, text, None, None)
-    assert attention.seen.shape == (6, 10)
+    assert attention.seen().shape == (6, 10)
     query = module.norm_q(module.to_q(video))[0].unflatten(1, (2, 12))
     key = module.norm_k(module.to_k(text))[0].unflatten(1, (2, 12))
     heads = [(query[:, head] @ key[:, head].T / math.sqrt(12)).softmax(dim=1) for head in (0, 1)]
-    assert torch.allclose(attention.seen, (sum(heads) / 2).T, atol=1e-6)
+    assert torch.allclose(attention.seen(), (sum(heads) / 2).T, atol=1e-6)
 
 
 def test_models_without_cross_attention_are_refused() -> None:

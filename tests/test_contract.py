@@ -23,7 +23,7 @@ import pytest
 
 from saih import jobs, launchers, schedulers, store, workload
 from saih.analysis.cells import RATES
-from saih.core import COMMON, FORMAT, PARTS, WHOLE, Axis, Claim, Cost, Job, Parameter, Params, Point, axis_of
+from saih.core import COMMON, FORMAT, PARTS, PHASES, WHOLE, Axis, Claim, Cost, Job, Parameter, Params, Point, axis_of
 from saih.errors import SaihError
 from saih.files import write_json
 from saih.site import Site, Submission
@@ -31,7 +31,7 @@ from saih.site import Site, Submission
 ROOT = Path(__file__).parent.parent
 WORKLOADS = list(workload.packages())
 SCHEDULERS = schedulers.names()
-METRICS = {"step_s", *RATES}
+METRICS = {"step_s", *RATES, *(f"share_{phase}" for phase in PHASES)}
 LARGEST_GRID = 100
 
 

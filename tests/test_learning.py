@@ -179,3 +179,19 @@ def test_repeats_have_orders_and_weights_of_their_own(tmp_path: Path) -> None:
     assert all(not torch.equal(one, other) for one, other in pairs)
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize(("augment", "sides"), [("none", 1), ("symmetry", 8)])
+def test_who_has_learnt_from_all_sides_is_judged_by_the_mean_of_several(
+    augment: str, sides: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = trained(Amounts(64, seed=1), tmp_path, target_mae=0.0, epochs=1, augment=augment)
+    counts = torch.randint(2000, (2, 8, 8, 8, 4), dtype=torch.int16)
+    asked: list[Tensor] = []
+    monkeypatch.setattr(training, "_predict", lambda model, view: asked.append(view) or view[:, :2, 0, 0, 0].float())
+    judged = training._judge(counts)
+    assert len(asked) == sides
+    assert torch.equal(judged, torch.stack([view[:, :2, 0, 0, 0].float() for view in asked]).mean(0))
+    for view in asked:
+        assert torch.equal(view.flatten(1).sort(1).values, counts.flatten(1).sort(1).values), "the same voxels"
+    assert len({view.numpy().tobytes() for view in asked}) == sides

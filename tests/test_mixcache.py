@@ -408,7 +408,7 @@ def test_a_knob_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     second = variants.policy(asked, tiny.loop, [tiny.request], kept)
     assert isinstance(first, peers.TeaCache)
     assert isinstance(second, peers.TeaCache)
-    assert first.threshold == second.threshold == json.loads(kept.read_text())["value"]
+    assert first.threshold == second.threshold == json.loads(kept.read_text())
 
 
 def test_prompts_come_from_the_toys_words_or_a_file(tmp_path: Path) -> None:
@@ -430,3 +430,14 @@ def test_a_request_of_the_toy_is_guided_by_two_branches() -> None:
     request: Request = toy.request(toy.words.prompt(0), (8, 24, 24), 50, 5.0, seed=1)
     assert request.branches == ("cond", "uncond")
     assert request.noise.shape == (1, 1, 8, 24, 24)
+
+
+def test_numbers_are_counted_once_and_a_repeat_must_make_the_same_video(tmp_path: Path) -> None:
+    point, context = Point("mixcache", params(**SMALL, variant="step")), Context(Place(0, 0, 1), "cpu", str(tmp_path))
+    counted = bench.setup(point, context).check()
+    again = bench.setup(point, context)
+    again._make_all = lambda: pytest.fail("counted again")  # type: ignore[method-assign]
+    assert again.check() == counted
+    known = json.loads(again.kept.read_text())
+    again.kept.write_text(json.dumps(known | {"digest": "another"}))
+    assert "two runs of one request differ" in again.check().why

@@ -21,11 +21,11 @@ from matplotlib.image import imread
 
 from saih import cli, site, store, sweep
 from saih.analysis import numbers
-from saih.core import Axis, Params, Rung
+from saih.core import Axis, Params, Rung, is_sized
 from saih.errors import SaihError
 from saih.files import read_json, write_json
-from saih.report import asked, figures, page, results, roofline, trade, trends
-from saih.report.grid import is_sized, layout, spread
+from saih.report import asked, contention, figures, page, results, roofline, trade, trends
+from saih.report.grid import layout, spread
 from saih.site import Peak
 from tests import browser
 from tests.synthetic import CEILINGS, DATA, MODEL, SITE, Outcome, Scenario, ladder, make
@@ -140,6 +140,52 @@ def test_what_was_disturbed_on_purpose_is_not_taken_for_performance(tmp_path: Pa
     claims = {claim["name"]: claim for claim in cli._claims_of([results])}
     assert claims["percent-of-peak-rises-with-data"]["measured"] == pytest.approx(4.0, rel=0.01)
     assert claims["percent-of-peak-rises-with-data"]["pairs"] == 2
+
+
+def test_contention_is_drawn_and_says_what_storage_delivered(tmp_path: Path) -> None:
+    scenario = Scenario(axes=(DATA, READERS), step_s=lambda params: 1 + 0.25 * float(params["load_readers"]))
+    path = gathered(tmp_path, scenario)
+    source = page.write(path, tmp_path / "page.html").read_text()
+    assert "Step time beside readers, over that without: data=16 1 to 1.5 times; data=32 1 to 1.5 times" in source
+    found = results.read(path)
+    group = contention.figure(found)
+    assert group is not None
+    [panel] = group.panels
+    drawn = [(line.label, line.x, line.y) for line in panel.lines]
+    assert drawn == [(f"data={size}", [0.0, 2.0], pytest.approx([1.0, 1.5])) for size in (16, 32)]
+    cells = found.cells.assign(storage_read_bytes=2e6, file_read_bytes=1e6)
+    told = contention.rows(dataclasses.replace(found, cells=cells))
+    assert [row["read"] for row in told] == ["2.00 MB of 1.00 MB"] * 4
+    assert contention.figure(results.read(gathered(tmp_path / "none", Scenario()))) is None
+
+
+SHARED = {
+    "rates": {"fp32": 1e9, "copy": 1e15, "allreduce-torch": 1e15},
+    "together": {"fp32": {"2": 0.6}, "copy": {"2": 1.0}},
+    "sources": {},
+    "machine": {},
+}
+
+
+def on_a_shared_core(params: Params) -> float:
+    """Of a step of a second, 0.8 computes, at 0.6 of its speed beside another rank."""
+    return 0.2 + 0.8 / (0.6 if params["gpus"] == 2 else 1.0)
+
+
+def test_twice_the_ranks_is_predicted_and_compared_where_it_was_tried(tmp_path: Path) -> None:
+    ranks = Axis("gpus", "per node", GPUS.rungs[:2])
+    scenario = Scenario(axes=(DATA, ranks), workload="cosmoflow", ceilings=SHARED, repeat=3, step_s=on_a_shared_core)
+    scenario = dataclasses.replace(scenario, shares={"input": 0.2, "compute": 0.8})
+    source = page.write(gathered(tmp_path, scenario), tmp_path / "page.html").read_text()
+    gain = 2 / (0.2 + 0.8 / 0.6)
+    cells = r'predicted">([\d.]+) x</td><td class="measured-value">([\d.]+) x [^<]+</td><td>([^<]+) %'
+    found = [tuple(map(float, row)) for row in re.findall(cells, source)]
+    assert found == [pytest.approx((gain, gain, 0.0), abs=0.01)] * 2
+    reading = dataclasses.replace(scenario, shares={"input": 0.8, "compute": 0.2})
+    assert "Twice the ranks" not in page.write(gathered(tmp_path / "reading", reading), tmp_path / "r.html").read_text()
+    alone = dataclasses.replace(scenario, axes=(DATA,))
+    source = page.write(gathered(tmp_path / "alone", alone), tmp_path / "alone.html").read_text()
+    assert source.count(f'predicted">{gain:.2f} x</td><td class="measured-value">{numbers.ABSENT}') == 2
 
 
 def test_headline_keeps_growth_apart_from_ranks(tmp_path: Path) -> None:
@@ -531,6 +577,31 @@ def test_ceilings_have_a_page_of_rates(tmp_path: Path) -> None:
     text = text_of(written(tmp_path, scenario))
     assert "3.00 GFLOP/s sustained in fp32 (gemm of size 3)" in text
     assert "What this machine sustains" in text
+
+
+def test_all_parts_of_the_ceilings_have_one_page(tmp_path: Path) -> None:
+    messages = Axis("message", "bytes", tuple(Rung(str(n), {"message_bytes": n}, n) for n in (8, 64)))
+    asked = {"kernel": "gemm", "size": 1024, "transport": "torch", "message_bytes": 8}
+    alone = Scenario(axes=(ladder("size", 2),), workload="ceilings", ceilings=None, params=asked)
+    between = Scenario(
+        axes=(messages, GPUS), workload="ceilings", ceilings=None, params=asked | {"kernel": "allreduce"}
+    )
+    parts = {
+        "kernels": gathered(tmp_path / "kernels", alone),
+        "collectives": gathered(tmp_path / "collectives", dataclasses.replace(between, flop=lambda params: 0.0)),
+    }
+    known = {"rates": {"fp32": 1e9, "allreduce-torch": 2e9}, "sources": {"fp32": "gemm", "allreduce-torch": "64 B"}}
+    ceilings = known | {"together": {"fp32": {"2": 0.625}}}
+    source = page.write_ceilings(parts, tmp_path / "page.html", ceilings).read_text()
+    text = text_of(source)
+    assert "fp32 1.00 GFLOP/s" in text
+    assert "allreduce-torch 2.00 GB/s" in text
+    assert "fp32 2 62.5" in text
+    for name, path in parts.items():
+        assert f"Rates by kernel and size: {name}" in text
+        assert f"saih report results/{path.name}" in text
+    names = re.findall(r'id="([^"]+)"', source)
+    assert len(names) == len(set(names)), "figures of different parts have different names"
 
 
 def test_many_cells_are_bounded_and_say_so(tmp_path: Path) -> None:

@@ -8,16 +8,16 @@ measured latency of a launch and by how its time grows with its work; input by w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from saih.analysis.cells import copy_rate, is_whole, labels_of, peaks
+from saih.analysis.cells import axes_of, copy_rate, is_whole, labels_of, peaks
 from saih.analysis.intervals import student_t
-from saih.core import PARTS, WHOLE
+from saih.core import PARTS, WHOLE, is_sized
 
 STRAGGLER = "straggler"
 TIMED = ("input", "transfer", "compute", "communication", "other", STRAGGLER)
@@ -104,7 +104,8 @@ def verdicts(
     shares = _shares(whole.index, points, repeats, timed)
     compute_s = pd.Series({cell: shares[cell]["compute"].of_step * whole.at[cell, "step_s"] for cell in whole.index})
     demands = _demands(whole, points, sweep)
-    steepness = elasticities(whole, compute_s, demands[["FLOP", "memory"]].max(axis=1))
+    sized = [axis.name for axis in axes_of(sweep) if is_sized(axis)]
+    steepness = elasticities(whole, compute_s, demands[["FLOP", "memory"]].max(axis=1), sized)
     filled = demands.div(compute_s.where(compute_s > 0), axis=0).to_dict("index")
     fetched, slowest = from_storage(points, ranks).to_dict(), slowest_ranks(points, samples, ranks)
     return [
@@ -173,11 +174,14 @@ def from_storage(points: pd.DataFrame, ranks: pd.DataFrame) -> pd.Series:
     return (reads["storage_read_bytes"] / asked).clip(upper=1.0)
 
 
-def elasticities(whole: pd.DataFrame, compute_s: pd.Series, work_s: pd.Series) -> dict[str, float]:
+def elasticities(
+    whole: pd.DataFrame, compute_s: pd.Series, work_s: pd.Series, sized: Collection[str]
+) -> dict[str, float]:
     """Cell -> d log compute time / d log work towards the next larger cell along any one axis, the flattest of them.
 
-    `work_s` is the time of the work at the ceilings. 1 where time follows it, 0 where it does not depend on it. Cells
-    without a larger neighbour have none.
+    `work_s` is the time of the work at the ceilings. 1 where time follows it, 0 where it does not depend on it. `sized`
+    are the axes whose rungs have a size: another variant or precision is no larger cell. Cells without a larger
+    neighbour have none.
     """
     axes = [f"label_{axis}" for axis in labels_of(whole)]
     found: dict[str, float] = {}
@@ -185,10 +189,8 @@ def elasticities(whole: pd.DataFrame, compute_s: pd.Series, work_s: pd.Series) -
     computing = computing[(computing["work_s"] > 0) & (computing["compute_s"] > 0)]
     if computing.empty:
         return found
-    for axis in axes:
-        if axis == "label_precision":  # the same work at another ceiling is no larger cell
-            continue
-        others = [name for name in axes if name != axis]
+    for axis in sized:
+        others = [name for name in axes if name != f"label_{axis}"]
         groups = computing.groupby(others, sort=False) if others else [((), computing)]
         for _, line in groups:
             ladder = line[line["ranks"] == line["ranks"].iloc[0]].sort_values("work_s")

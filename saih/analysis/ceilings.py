@@ -10,7 +10,10 @@ import pandas as pd
 
 MATCHING = ("processor", "gpu", "torch", "threads")
 """Ceilings hold for a machine that equals theirs in these."""
+KERNEL = ("param_kernel", "param_size", "precision")
+"""What tells one kernel that computes or moves memory from another."""
 MEMORY, HOST_LINK, FILES, COUNTED = ("copy", "triad"), ("upload", "download"), ("read", "write"), ("open", "launch")
+BETWEEN_RANKS = ("allreduce", "pingpong")
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ def find_ceilings(cells: pd.DataFrame, environment: Mapping[str, Any]) -> dict[s
     rank contributes, over the time of the whole collective, largest message, most ranks. `pingpong`: bytes/s one way;
     `pingpong_s`: one way of the smallest message. `read-cold`, `write-random-direct` and so on: bytes/s of one process
     that waits for each block. `opens_per_s`: small files. `launch_s`: seconds of a kernel that does nothing.
+    `together`, where kernels ran on several ranks at once too: of these rates, the share that each of so many has.
     """
     measured = cells[cells["status"] == "measured"]
-    found = list(_all(measured))
+    found = list(_all(_on_fewest_ranks(measured)))
     return {
+        "together": {each.name: shares for each in found if (shares := _together(each, measured))},
         "rates": {each.name: each.value() for each in found},
         "intervals": {each.name: each.interval() for each in found},
         "sources": {each.name: each.source for each in found},
@@ -72,9 +77,31 @@ def find_ceilings(cells: pd.DataFrame, environment: Mapping[str, Any]) -> dict[s
 def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The ceilings of several sweeps of one machine."""
     together: dict[str, Any] = {"machine": parts[0]["machine"]}
-    for key in ("rates", "intervals", "sources"):
-        together[key] = {name: value for part in parts for name, value in part[key].items()}
+    for key in ("rates", "intervals", "sources", "together"):
+        together[key] = {name: value for part in parts for name, value in part.get(key, {}).items()}
     return together
+
+
+def _on_fewest_ranks(measured: pd.DataFrame) -> pd.DataFrame:
+    """Cells of kernels that ranks run each for itself on the fewest ranks, with the amounts of one of them; all others.
+
+    Amounts add up over ranks; a ceiling is one device's.
+    """
+    each_itself = ~measured["param_kernel"].isin(BETWEEN_RANKS)
+    share = (1 / measured["ranks"]).where(each_itself, 1.0)
+    amounts = {name: measured[name] * share for name in ("flop", "moved_bytes", "units") if name in measured}
+    fewest = measured.groupby("param_kernel")["ranks"].transform("min")
+    return measured.assign(**amounts)[~each_itself | (measured["ranks"] == fewest)]
+
+
+def _together(ceiling: Ceiling, measured: pd.DataFrame) -> dict[str, float]:
+    """Ranks at once -> share of this ceiling that each has: the same kernel of the same size, which takes longer."""
+    cell = ceiling.cell
+    if cell["param_kernel"] in BETWEEN_RANKS or cell["ranks"] > 1 or measured["ranks"].max() == 1:
+        return {}
+    alike = (measured[list(KERNEL)] == cell[list(KERNEL)]).all(axis=1)
+    several = measured[alike & (measured["ranks"] > 1)]
+    return {f"{each['ranks']:g}": float(cell["step_s"] / each["step_s"]) for _, each in several.iterrows()}
 
 
 def _all(measured: pd.DataFrame) -> Iterator[Ceiling]:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from saih.analysis.intervals import step_intervals
-from saih.core import LOADS, PHASES, WHOLE
+from saih.core import LOADS, PHASES, WHOLE, Axis, Rung
 
 RATES = (
     *("flop_per_s", "bytes_per_s", "work_per_s", "work_per_s_per_rank"),
@@ -22,6 +22,18 @@ BESIDE = {"percent_of_gemm": "beside_gemm_flop_per_s", "percent_of_conv3d": "bes
 def labels_of(points: pd.DataFrame) -> list[str]:
     """Names of the axes that vary in this table, in the order of the sweep."""
     return [name.removeprefix("label_") for name in points.columns if name.startswith("label_")]
+
+
+def axes_of(sweep: Mapping[str, Any]) -> tuple[Axis, ...]:
+    """The axes of a stored sweep."""
+    return tuple(
+        Axis(
+            axis["name"],
+            axis["unit"],
+            tuple(Rung(rung["label"], rung["params"], rung["size"]) for rung in axis["rungs"]),
+        )
+        for axis in sweep["axes"]
+    )
 
 
 def job_steps(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
@@ -40,12 +52,13 @@ def job_steps(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def per_point(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a measured point (one repeat), indexed like `points`: median step time, rates, numbers of its check."""
+    """One row a measured point (one repeat), indexed like `points`: step time, rates, phase shares, its check."""
     grouped = steps.groupby("point", sort=False)
     table = grouped[["step_s", "units", "flop", "moved_bytes"]].median()
     checked = [name for name in points.columns if name.startswith("check_")]
     columns = ["cell", "repeat", "ranks", *BESIDE.values(), *(f"label_{axis}" for axis in labels_of(points)), *checked]
     columns += [name for name in ("param_ablation",) if name in points]
+    table = table.join(_phase_shares(steps, "point"))
     table = table.join(points.reindex(columns=columns))  # no point has ranks where none was measured
     return _with_rates(table.join(_precision(points)), sweep)
 
@@ -58,14 +71,18 @@ def per_cell(points: pd.DataFrame, steps: pd.DataFrame, sweep: Mapping[str, Any]
     if steps.empty:
         return table
     found = step_intervals(steps)
-    sums = steps.groupby("cell", sort=False)[[f"{phase}_s" for phase in PHASES] + ["step_s"]].sum()
-    shares = {f"share_{phase}": sums[f"{phase}_s"] / sums["step_s"] for phase in PHASES}
     work = steps.groupby("cell", sort=False)[["units", "flop", "moved_bytes"]].median()
     count = steps.groupby("cell", sort=False).size().rename("steps")
     beside = points.reindex(columns=["cell", *BESIDE.values()]).groupby("cell", sort=False).median()
     table = table.drop(columns=[*BESIDE.values()], errors="ignore").join(beside)
-    table = table.join(found).join(work).join(count).join(pd.DataFrame(shares))
+    table = table.join(found).join(work).join(count).join(_phase_shares(steps, "cell"))
     return _with_rates(table, sweep)
+
+
+def _phase_shares(steps: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Columns share_<phase>: of the time of all steps of a point or a cell."""
+    sums = steps.groupby(by, sort=False)[[f"{phase}_s" for phase in PHASES] + ["step_s"]].sum()
+    return pd.DataFrame({f"share_{phase}": sums[f"{phase}_s"] / sums["step_s"] for phase in PHASES})
 
 
 def is_complete(table: pd.DataFrame) -> pd.Series:

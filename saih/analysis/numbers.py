@@ -53,6 +53,11 @@ def span(low: float, high: float, unit: str = "") -> str:
     return f"{three(low / scale)} to {three(high / scale)} {prefix}{unit}".rstrip()
 
 
+def bracketed(low: float, high: float, unit: str) -> str:
+    """An interval behind its value: " (1.2 to 1.4 x)"; nothing where there is none."""
+    return f" ({three(low)} to {three(high)}{unit})" if math.isfinite(low + high) else ""
+
+
 def whole(value: float) -> str:
     """A count: 12,345."""
     return f"{value:,.0f}" if math.isfinite(value) else ABSENT

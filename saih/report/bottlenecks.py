@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,6 @@ import pandas as pd
 
 from saih.analysis import numbers
 from saih.analysis.bottleneck import CACHED_SHARE, TIMED, Share, Verdict
-from saih.analysis.contention import contention
 from saih.report.grid import MOST_GROUPS, layout, left_out, spread, words
 from saih.report.results import Results
 
@@ -46,23 +44,6 @@ def maps(results: Results) -> tuple[list[Map], str]:
     return told, left_out(len(combinations), "map")
 
 
-def slopes(results: Results) -> list[dict[str, str]]:
-    """What each process put beside the steps costs, a row a series and count."""
-    told = []
-    for slope in contention(results.points, results.by_point):
-        each = f"{100 * slope.each:.3g} %{_span(100 * slope.low, 100 * slope.high, ' %')}"
-        for count, (ratio, low, high) in zip(slope.counts[1:], slope.slowdown[1:], strict=True):
-            told.append(
-                {
-                    "series": words(slope.labels),
-                    "load": f"{count} {slope.load.replace('_', ' ')}",
-                    "slowdown": f"{numbers.three(ratio)} x{_span(low, high, ' x')}",
-                    "each": each,
-                }
-            )
-    return told
-
-
 def cache_rule(results: Results) -> str:
     """Whether data sets are large enough not to be kept in memory, by MLPerf Storage's rule; empty if nothing is read.
 
@@ -73,6 +54,8 @@ def cache_rule(results: Results) -> str:
         return ""
     held = float(reading["predicted_disk_bytes"].max())
     memory = float(results.sweep["site"]["node_memory_gib"]) * 2**30
+    if not held:
+        return "The data sets were there before; an epoch that storage delivered nothing of is marked."
     told = f"The largest data set is {numbers.si(held, 'B')}, {numbers.three(held / memory)} times a node's memory"
     if held >= FIVE * memory:
         return f"{told}: too large to be read from there."
@@ -136,14 +119,9 @@ def _square(verdict: Verdict | None) -> tuple[str, str, bool]:
 
 
 def _percent(share: Share) -> str:
-    return f"{100 * share.of_step:.3g} %{_span(100 * share.low, 100 * share.high, ' %')}"
+    return f"{100 * share.of_step:.3g} %{numbers.bracketed(100 * share.low, 100 * share.high, ' %')}"
 
 
 def _gain(share: Share) -> str:
     gain, low, high = share.gain_of_doubling()
-    return f"{gain:.2f} x{_span(low, high, ' x')}"
-
-
-def _span(low: float, high: float, unit: str) -> str:
-    """The interval in brackets; nothing where there is none."""
-    return f" ({numbers.three(low)} to {numbers.three(high)}{unit})" if math.isfinite(low + high) else ""
+    return f"{gain:.2f} x{numbers.bracketed(low, high, ' x')}"

@@ -11,9 +11,9 @@ import pandas as pd
 from saih.analysis.ceilings import kernel_share
 from saih.analysis.cells import labels_of
 from saih.analysis.scaling import RESOURCES
-from saih.core import Axis
+from saih.core import Axis, is_sized
 from saih.report.figures import MOST_LINES, SERIES_COLOURS, Ideals, Line, Panel, Scale
-from saih.report.grid import MOST_GROUPS, Layout, is_logarithmic, is_sized, layout, left_out, spread, words
+from saih.report.grid import MOST_GROUPS, Layout, is_logarithmic, layout, left_out, spread, words
 from saih.report.results import PERCENTAGES, Results
 
 MOST_TICKS = 10
@@ -53,8 +53,11 @@ def percent_curves(results: Results) -> tuple[list[Group], str]:
     return groups, left_out(len(combinations), "combination")
 
 
-def rate_curves(results: Results) -> Group:
-    """What the ceilings workload sustains over size: FLOP/s of kernels that compute, bytes/s of those that move."""
+def rate_curves(results: Results, name: str = "rate") -> Group:
+    """What the ceilings workload sustains over size: FLOP/s of kernels that compute, bytes/s of those that move.
+
+    `name` begins the names of its panels.
+    """
     cells = results.measured
     plan = layout(results.axes)
     kinds = (
@@ -65,7 +68,7 @@ def rate_curves(results: Results) -> Group:
     for unit, amount, chosen in kinds:
         if not chosen.empty:
             series, left = _bounded(list(_every_series(plan, chosen)))
-            panels.append(_rate_panel(unit, amount, series, plan.across))
+            panels.append(_rate_panel(name, unit, amount, series, plan.across))
             notes += left
     return Group("", panels, notes)
 
@@ -115,7 +118,7 @@ def _percent_panel(
     return Panel(name, title, _told(title, lines), lines, scale_of(plan.across), f"% of {denominator}", top)
 
 
-def _rate_panel(unit: str, amount: str, series: Series, across: Axis) -> Panel:
+def _rate_panel(name: str, unit: str, amount: str, series: Series, across: Axis) -> Panel:
     lines = []
     for label, group in series:
         group = group.sort_values(f"size_{across.name}")
@@ -123,7 +126,7 @@ def _rate_panel(unit: str, amount: str, series: Series, across: Axis) -> Panel:
         rate, low, high = (group[amount] / group[step] / busy / 1e9 for step in ("step_s", "step_s_high", "step_s_low"))
         lines.append(_line(label, group[f"size_{across.name}"], rate, low, high))
     title = f"{unit} over {across.name}"
-    return Panel(f"rate-{amount.replace('_', '-')}", title, _told(title, lines), lines, scale_of(across), unit)
+    return Panel(f"{name}-{amount.replace('_', '-')}", title, _told(title, lines), lines, scale_of(across), unit)
 
 
 def _scaling_panel(group: str, label: str, series: Series, column: str, scaled: pd.DataFrame, ideals: Ideals) -> Panel:

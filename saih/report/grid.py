@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
 from saih.analysis.numbers import plural
 from saih.analysis.scaling import RESOURCES
-from saih.core import Axis, Rung
+from saih.core import Axis, is_sized
 
 Item = TypeVar("Item")
 
@@ -45,18 +45,6 @@ class Layout:
         return [(label, group) for label, group in found if group is not None]
 
 
-def axes_of(sweep: Mapping[str, Any]) -> tuple[Axis, ...]:
-    """The axes of a stored sweep."""
-    return tuple(
-        Axis(
-            axis["name"],
-            axis["unit"],
-            tuple(Rung(rung["label"], rung["params"], rung["size"]) for rung in axis["rungs"]),
-        )
-        for axis in sweep["axes"]
-    )
-
-
 def layout(axes: Sequence[Axis]) -> Layout:
     """A sized axis goes across, of the problem rather than of the machine; the next one that varies makes the lines."""
     ranked = sorted(axes, key=lambda axis: (len(axis.rungs) == 1, not is_sized(axis), axis.name in RESOURCES))
@@ -64,11 +52,6 @@ def layout(axes: Sequence[Axis]) -> Layout:
     varying = [axis for axis in axes if axis is not across and len(axis.rungs) > 1]
     lines = varying[0] if varying else None
     return Layout(across, lines, tuple(axis for axis in axes if axis is not across and axis is not lines))
-
-
-def is_sized(axis: Axis) -> bool:
-    """False where the sizes only number the rungs: names have no size."""
-    return [rung.size for rung in axis.rungs] != list(range(len(axis.rungs)))
 
 
 def is_logarithmic(sizes: Sequence[float]) -> bool:

@@ -24,11 +24,13 @@ from saih.report import (
     asked,
     bottlenecks,
     committed,
+    contention,
     curves,
     figures,
     front,
     kinds,
     roofline,
+    second_ranks,
     sides,
     spreads,
     tables,
@@ -40,6 +42,8 @@ from saih.report.grid import layout
 from saih.report.results import Results, read
 from saih.report.summary import ceiling_intervals, chosen_ceilings, is_ceilings, plain, summarize
 
+KERNELS = "kernels"
+"""The part of the ceilings whose cells, environment and downloads their page has; of the others it has the rates."""
 TEMPLATES = Path(__file__).parent.parent / "templates"
 GAUGE_FACTOR = 8
 """The gauge of a claim shows this factor to both sides of its target."""
@@ -82,13 +86,25 @@ def write(
     return output
 
 
+def write_ceilings(parts: Mapping[str, Path], output: Path, ceilings: Mapping[str, Any]) -> Path:
+    """Write one page of all `ceilings` of a site, from the results file of each part of its probe."""
+    found = {name: read(path) for name, path in parts.items()}
+    text = _render([found[KERNELS]], ceilings, (), found).encode()
+    write_atomic(output, lambda file: file.write(text))
+    return output
+
+
 def headline(results: Path) -> str:
-    """The headline in a few lines of plain text."""
-    return plain(summarize(read(results)))
+    """The headline in a few lines of plain text, and how well the largest rung was predicted where it was held out."""
+    found = read(results)
+    return "\n".join([plain(summarize(found)), *([] if is_ceilings(found) else trends.held_out_lines(found))])
 
 
 def _render(
-    studies: Sequence[Results], ceilings: Mapping[str, Any] | None, commitments: Sequence[committed.Commitment]
+    studies: Sequence[Results],
+    ceilings: Mapping[str, Any] | None,
+    commitments: Sequence[committed.Commitment],
+    parts: Mapping[str, Results] | None = None,
 ) -> str:
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -108,7 +124,7 @@ def _render(
     }
     style, script = ((TEMPLATES / "report" / name).read_text() for name in ("style.css", "script.js"))
     judgements = committed.judge(commitments, studies)
-    workloads = _workloads(studies, ceilings, env)
+    workloads = _workloads(studies, ceilings, parts, env)
     digest = hashlib.sha256(f"\n{script}".encode()).digest()
     return env.get_template("report/page.html.j2").render(
         title=_title(studies),
@@ -145,7 +161,10 @@ def _by_workload(studies: Sequence[Results]) -> dict[str, list[Results]]:
 
 
 def _workloads(
-    studies: Sequence[Results], ceilings: Mapping[str, Any] | None, env: jinja2.Environment
+    studies: Sequence[Results],
+    ceilings: Mapping[str, Any] | None,
+    parts: Mapping[str, Results] | None,
+    env: jinja2.Environment,
 ) -> list[dict[str, Any]]:
     """Each workload with its studies, rendered in the order in which their figures are numbered."""
     template, told, number = env.get_template("report/study.html.j2"), [], itertools.count(1)
@@ -153,11 +172,11 @@ def _workloads(
         sections = []
         for one in mine:
             prefix = f"s{next(number)}-" if len(studies) > 1 else ""
-            content = _content(one, ceilings)
-            parts = [(f"{prefix}{anchor}", text) for anchor, key, text in PARTS if content[key]]
+            content = _content(one, ceilings, parts or {"": one})
+            shown = [(f"{prefix}{anchor}", text) for anchor, key, text in PARTS if content[key]]
             level = 4 if len(mine) > 1 else 3
             html = Markup(template.render(content, prefix=prefix, level=level))  # noqa: S704 (escaped by the template)
-            sections.append({"prefix": prefix, "name": one.path.stem, "parts": parts, "html": html})
+            sections.append({"prefix": prefix, "name": one.path.stem, "parts": shown, "html": html})
         told.append({"name": name, "title": mine[0].title, "anchor": f"workload-{place}", "studies": sections})
     return told
 
@@ -182,7 +201,7 @@ def _systems(
     return told
 
 
-def _content(results: Results, ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
+def _content(results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results]) -> dict[str, Any]:
     probing = is_ceilings(results)
     groups, groups_left = ([], "") if probing else curves.percent_curves(results)
     maps, maps_left = ([], "") if probing else tables.heat_maps(results)
@@ -216,7 +235,7 @@ def _content(results: Results, ceilings: Mapping[str, Any] | None) -> dict[str, 
         "phase_rows": phase_rows,
         "checks": checks,
         "check_rows": check_rows,
-        "rates": _rates(results, ceilings) if probing else None,
+        "rates": _rates(results, ceilings, parts) if probing else None,
         "shapes": [] if probing else trends.shapes(results),
         "trends": [] if probing else trends.trends(results),
         "roofline": None if probing else roofline.rooflines(results),
@@ -258,20 +277,37 @@ def _gauge(claim: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"at": place(claim["measured"]), "low": low, "high": high, "simulated": simulated}
 
 
-def _rates(results: Results, ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
+def _rates(results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results]) -> dict[str, Any]:
     found = ceilings or chosen_ceilings(results)
     intervals = ceiling_intervals(found)
     chosen = [
         (name, numbers.si(rate, unit(name)), intervals.get(name, ""), found["sources"][name])
         for name, rate in found["rates"].items()
     ]
-    return {"chosen": chosen, "group": curves.rate_curves(results), "rows": tables.rate_rows(results)}
+    told = [
+        {
+            "name": name,
+            "axes": part.axes,
+            "group": curves.rate_curves(part, f"rate-{number}"),
+            "rows": tables.rate_rows(part),
+            "counts": tables.counts(part),
+            "file": part.path.name,
+        }
+        for number, (name, part) in enumerate(parts.items())
+    ]
+    return {"chosen": chosen, "at_once": _at_once(found), "parts": told}
+
+
+def _at_once(ceilings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(ceiling, ranks, % of it that each of so many ranks of a node has) where that was measured."""
+    known = ceilings.get("together") or {}
+    return [(name, ranks, numbers.three(100 * share)) for name, each in known.items() for ranks, share in each.items()]
 
 
 def _bottlenecks(results: Results) -> dict[str, Any] | None:
     """Verdicts and what they rest on, or None where nothing was measured."""
     maps, left = bottlenecks.maps(results)
-    slopes = bottlenecks.slopes(results)
+    slopes = contention.rows(results)
     if not results.verdicts and not slopes:
         return None
     return {
@@ -279,6 +315,8 @@ def _bottlenecks(results: Results) -> dict[str, Any] | None:
         "maps": maps,
         "left": left,
         "slopes": slopes,
+        "contention": contention.figure(results),
+        "second_ranks": second_ranks.rows(results, results.verdicts),
         "cache_rule": bottlenecks.cache_rule(results),
         "total": len(results.verdicts),
         "parts": TIMED,

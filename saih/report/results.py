@@ -13,13 +13,13 @@ import pandas as pd
 
 from saih import store, workload
 from saih.analysis.bottleneck import Verdict, verdicts
-from saih.analysis.cells import RATES, is_whole, job_steps, per_cell, per_point
+from saih.analysis.cells import RATES, axes_of, is_whole, job_steps, per_cell, per_point
 from saih.analysis.claims import evaluate_all
 from saih.analysis.scaling import scaling
 from saih.core import EXPERIMENTS, PHASES, Axis
 from saih.errors import SaihError
 from saih.report import kinds
-from saih.report.grid import axes_of, words
+from saih.report.grid import words
 from saih.workload import Spec
 
 STATUSES = ("measured", "failed", "pruned", "missing")

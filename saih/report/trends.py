@@ -15,10 +15,10 @@ import pandas as pd
 
 from saih.analysis import numbers
 from saih.analysis.trend import Model, Prediction, fit, shape
-from saih.core import Axis
+from saih.core import Axis, is_sized
 from saih.report.curves import Group, kind_of, scale_of
 from saih.report.figures import SERIES_COLOURS, Line, Panel
-from saih.report.grid import is_sized, layout, spread, words
+from saih.report.grid import layout, spread, words
 from saih.report.results import Results
 from saih.report.tables import main_percentage
 
@@ -33,6 +33,8 @@ class Trend:
     formula: str
     held_out: list[dict[str, str]]
     """Cells of the largest rung, predicted from the smaller ones alone, beside what was measured."""
+    held_out_told: str
+    """The same in a line: the largest error of all, and how many are inside their intervals."""
     extrapolated: list[dict[str, str]]
     """Cells that were asked for and not measured."""
     group: Group | None
@@ -76,6 +78,12 @@ def trends(results: Results) -> list[Trend]:
     return found
 
 
+def held_out_lines(results: Results) -> list[str]:
+    """A line each trend whose largest rung was held out."""
+    told = [(trend.caption, trend.held_out_told) for trend in trends(results) if trend.held_out]
+    return [f"held out: {f'{caption}: ' if caption else ''}{line}" for caption, line in told]
+
+
 def extra_p(results: Results) -> str:
     """Measured step times in the JSON Lines format of Extra-P 4: one line a repeat, over the sized axes.
 
@@ -104,7 +112,8 @@ def _trend(number: int, caption: str, cells: pd.DataFrame, sized: list[Axis], re
     beyond = [_row(cell, sized, model) for _, cell in left.iterrows()]
     panel = _panel(f"trend-{number}", cells, left, sized, model)
     group = None if left.empty else Group(caption, [panel])
-    return Trend(caption, model.formula(), _held_out(cells, sized, results), beyond, group)
+    rows, line = _held_out(cells, sized, results)
+    return Trend(caption, model.formula(), rows, line, beyond, group)
 
 
 def _panel(name: str, cells: pd.DataFrame, left: pd.DataFrame, sized: list[Axis], model: Model) -> Panel:
@@ -127,23 +136,28 @@ def _panel(name: str, cells: pd.DataFrame, left: pd.DataFrame, sized: list[Axis]
     return Panel(name, title, f"{title}.", told, scale_of(across), "step time (s)", logarithmic=True)
 
 
-def _held_out(cells: pd.DataFrame, sized: list[Axis], results: Results) -> list[dict[str, str]]:
-    """Fit all but the largest rung of the first axis, and predict that."""
+def _held_out(cells: pd.DataFrame, sized: list[Axis], results: Results) -> tuple[list[dict[str, str]], str]:
+    """Fit all but the largest rung of the first axis, and predict that: its cells, and a line on them."""
     first = f"size_{sized[0].name}"
     largest = cells[first] == cells.loc[cells["status"] == "measured", first].max()
     sizes, values, _ = _measurements(cells[~largest], sized, results)
     model = fit(sizes, values, [axis.name for axis in sized]) if len(values) else None
     if model is None:
-        return []
-    told = []
-    for _, cell in cells[largest & (cells["status"] == "measured")].iterrows():
+        return [], ""
+    told, errors, inside = [], [], []
+    held = cells[largest & (cells["status"] == "measured")]
+    for _, cell in held.iterrows():
         predicted = _predict(cell, sized, model)
-        inside = "yes" if predicted.low <= cell["step_s"] <= predicted.high else "no"
-        error = f"{100 * (predicted.value / cell['step_s'] - 1):+.1f} %"
-        told.append(
-            _row(cell, sized, model) | {"measured": numbers.si(cell["step_s"], "s"), "error": error, "inside": inside}
-        )
-    return told
+        inside.append(predicted.low <= cell["step_s"] <= predicted.high)
+        errors.append(100 * (predicted.value / cell["step_s"] - 1))
+        found = {"error": f"{errors[-1]:+.1f} %", "inside": "yes" if inside[-1] else "no"}
+        told.append(_row(cell, sized, model) | {"measured": numbers.si(cell["step_s"], "s")} | found)
+    rung = f"{sized[0].name}={held[f'label_{sized[0].name}'].iloc[0]}"
+    line = (
+        f"{rung} predicted from smaller ones, off by {max(errors, key=abs):+.1f} % at most, "
+        f"{sum(inside)} of {len(inside)} inside the 90 % interval"
+    )
+    return told, line
 
 
 def _measurements(cells: pd.DataFrame, sized: list[Axis], results: Results) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import pandas as pd
+import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
+from saih import workload
+from saih.analysis.intervals import log_mean_interval
 from saih.core import Value
 from tests.planted_faults import measure
+from workloads.ceilings import spec
+from workloads.ceilings.files import FileTransfer, Read, Write
 
 ROUNDS, PASSES = 5, 10
+FILE_ROUNDS, FILE_PASSES = 16, 3
+"""Short turns, many of them: what a shared disk gives changes within seconds."""
 SIZE, ELEMENTS = 1024, 4096 * 4096
 FILE_BYTES = 2**28
 TRIAD_C = r"""
@@ -69,15 +74,10 @@ def main() -> None:
                 lambda: 12.0 * ELEMENTS / _fastest_s(root, {"kernel": "triad", "size": 4096}),
             )
         if shutil.which("fio"):
-            for kernel in ("read", "write"):
-                settings = {"kernel": kernel, "cache": "direct", "file_bytes": FILE_BYTES}
-                _beside(
-                    f"storage {kernel}, O_DIRECT, B/s",
-                    10,
-                    functools.partial(_fio, root, kernel),
-                    functools.partial(_mean_rate, root, settings),
-                    statistics.median,
-                )
+            for kernel, transfer in (("read", Read), ("write", Write)):
+                _beside_fio(kernel, transfer, root / "one.bin")
+        else:
+            print("storage: fio is not installed (Debian: apt-get install fio)")
 
 
 def _beside(
@@ -85,11 +85,10 @@ def _beside(
     target: int,
     theirs: Callable[[], float],
     ours: Callable[[], float],
-    pick: Callable[[Iterable[float]], float] = max,
 ) -> None:
-    """The best of each: what a machine can do is what it did when nothing disturbed it. `pick` takes another one."""
+    """The best of each: what a machine can do is what it did when nothing disturbed it."""
     rounds = [(theirs(), ours()) for _ in range(ROUNDS)]
-    best, own = (pick(rates) for rates in zip(*rounds, strict=True))
+    best, own = (max(rates) for rates in zip(*rounds, strict=True))
     print(
         f"{what}: theirs {best:.4g}, saih {own:.4g}, {100 * (own / best - 1):+.1f} % (target: within {target} %)",
         flush=True,
@@ -98,29 +97,55 @@ def _beside(
 
 def _fastest_s(root: Path, settings: Mapping[str, Value]) -> float:
     """Of the timed calls of one run of `ceilings`."""
-    return float(_seconds(root, settings).min())
-
-
-def _seconds(root: Path, settings: Mapping[str, Value]) -> pd.Series:
-    """Of each timed call, without what comes before it."""
     rest = {name: value for name, value in settings.items() if name != "kernel"}
     with tempfile.TemporaryDirectory(dir=root) as folder:
         run = measure(Path(folder), "ceilings", {"kernel": [settings["kernel"]]}, rest | {"steps": PASSES}, 1)
-    timed = run.samples[run.samples["warmup"] == 0]
-    return timed["step_s"] - (timed["other_s"] if settings["kernel"] in ("read", "write") else 0.0)
+    return float(run.samples.loc[run.samples["warmup"] == 0, "step_s"].min())
 
 
-def _mean_rate(root: Path, settings: Mapping[str, Value]) -> float:
-    """Bytes/s of all timed passes over a file."""
-    return FILE_BYTES / float(_seconds(root, settings).mean())
+def _beside_fio(kernel: str, kind: type[FileTransfer], path: Path) -> None:
+    """Short turns of both on one file, in random order: the same blocks, one after the other, past the page cache.
+
+    Both into the same kind of memory: a disk that is virtual gives several times as much into pages of 2 MiB.
+    """
+    defaults = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
+    transfer = kind(path, defaults | {"kernel": kernel, "cache": "direct", "file_bytes": FILE_BYTES}, 0)
+    turns = {"fio": lambda: _fio(path, kernel), "saih": lambda: _rate(transfer)}
+    rounds: list[dict[str, float]] = []
+    for fio_first in np.random.default_rng(0).random(FILE_ROUNDS) < 0.5:
+        order = ("fio", "saih") if fio_first else ("saih", "fio")
+        rounds.append({who: turns[who]() for who in order})
+    transfer.close()
+    fio, saih = (np.array([each[who] for each in rounds]) for who in ("fio", "saih"))
+    ratio, low, high = log_mean_interval(np.log(saih / fio))
+    print(
+        f"storage {kernel}, O_DIRECT, 1 MiB, one file, {FILE_ROUNDS} turns each: fio {np.median(fio):.4g} B/s, saih "
+        f"{np.median(saih):.4g}; saih over fio {ratio:.3f} [{low:.3f}, {high:.3f}] (target: 0.9 to 1.1)",
+        flush=True,
+    )
 
 
-def _fio(root: Path, kernel: str) -> float:
+def _rate(transfer: FileTransfer) -> float:
+    """Mean bytes/s of a few passes over the file."""
+    began_s = time.perf_counter()
+    for _ in range(FILE_PASSES):
+        transfer.call()
+    return FILE_PASSES * FILE_BYTES / (time.perf_counter() - began_s)
+
+
+def _fio(path: Path, kernel: str) -> float:
     """Mean bytes/s of one process that waits for each block of 1 MiB, past the page cache, and after a pass for all."""
     blocks = FILE_BYTES // 2**20
     told = _output(
-        *("fio", "--name=one", f"--filename={root / 'fio.bin'}", f"--rw={kernel}", "--bs=1M", f"--size={FILE_BYTES}"),
-        *("--ioengine=psync", "--direct=1", "--numjobs=1", f"--loops={PASSES}", "--output-format=json"),
+        *("fio", "--name=one", f"--filename={path}", f"--rw={kernel}", "--bs=1M", f"--size={FILE_BYTES}"),
+        *(
+            "--ioengine=psync",
+            "--mem=mmapshared",
+            "--direct=1",
+            "--numjobs=1",
+            f"--loops={FILE_PASSES}",
+            "--output-format=json",
+        ),
         *((f"--fdatasync={blocks}", "--overwrite=1") if kernel == "write" else ()),
     )
     return float(json.loads(told)["jobs"][0][kernel]["bw_bytes"])

@@ -63,6 +63,7 @@ class FileTransfer:
         try:
             return os.open(self.path, os.O_RDWR | (os.O_DIRECT if self.cache == "direct" else 0))
         except OSError as error:
+            self.path.unlink()
             raise SaihError(
                 f"{self.path.parent}: its file system has no O_DIRECT ({error.strerror}); leave cache=direct out"
             ) from None

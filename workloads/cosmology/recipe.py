@@ -73,7 +73,7 @@ class Recipe:
     @property
     def name(self) -> str:
         """All that decides a universe's bytes besides its index."""
-        what = f"mesh{self.mesh}-channels{self.channels}-box{self.box_mpc_h:g}-seed{self.seed}"
+        what = f"mesh{self.mesh}-channels{self.channels}-box{self.box_mpc_h:.17g}-seed{self.seed}"
         how = (f"-{self.fidelity}" if self.fidelity != "lpt" else "") + (f"-refine{self.refine}" * (self.refine != 1))
         return f"universes-v{GENERATOR_VERSION}-{what}{how}"
 

@@ -54,6 +54,7 @@ class Adapter:
     Attributes:
         module: the diffusers transformer.
         blocks: all its blocks, in the order they run.
+        dtype: of its weights; asking a module of diffusers costs as much as a small forward.
         joint: whether the family's pipeline runs the branches of guidance as one batch, unconditional first.
         frames_first: whether latents are [B, F, C, H, W] rather than [B, C, F, H, W].
         embedded_guidance: whether the model takes the guidance scale as an input and usually runs a single branch.
@@ -68,6 +69,7 @@ class Adapter:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.blocks = [block for name in self.blocks_of for block in getattr(module, name)]
+        self.dtype: torch.dtype = self.module.dtype  # type: ignore[assignment]
         self.forwards = 0.0
 
     @property

@@ -92,7 +92,7 @@ class Step:
     def embed(self, branches: tuple[str, ...], model: int = 0) -> State:
         """The state before the first block, these branches in its rows."""
         adapter = self.models[model]
-        latents = self.latents.to(adapter.module.dtype).repeat(len(branches), *[1] * (self.latents.ndim - 1))
+        latents = self.latents.to(adapter.dtype).repeat(len(branches), *[1] * (self.latents.ndim - 1))
         conditions = [self.request.conditions[branch] for branch in branches]
         condition = adapter.join(conditions) if len(conditions) > 1 else conditions[0]
         return adapter.embed(latents, self.timestep.expand(len(latents)), condition)

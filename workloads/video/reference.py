@@ -5,8 +5,6 @@ Made once for a model and a set of prompts, then read from disk.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -19,19 +17,12 @@ from torch import Tensor
 
 from saih.files import write_atomic
 from workloads.video.checkpoint import Checkpoint
+from workloads.video.kept import kept_path
 from workloads.video.loop import Loop, Policy, Request, Result
 from workloads.video.quality import Lpips, psnr_db, ssim
 
 SHARES = (0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the steps: where the curve of fewer steps is measured."""
-
-
-def source_digest() -> str:
-    """Of this family's code: what is kept on disk was made by it, and other code makes its own."""
-    content = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        content.update(path.read_bytes())
-    return content.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -95,9 +86,7 @@ class Reference:
     @classmethod
     def of(cls, checkpoint: Checkpoint, videos: Videos, identity: str, folder: Path) -> Reference:
         """From `folder`, or made and kept there. `identity` is what the weights are known by."""
-        told = [source_digest(), identity, astuple(videos)]
-        name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-        path = folder / f"video-reference-{name}.npz"
+        path = kept_path(folder, "video-reference", identity, astuple(videos)).with_suffix(".npz")
         if not path.exists():
             cls.make(checkpoint, videos).save(path)
         with np.load(path, allow_pickle=False) as file:

@@ -15,7 +15,7 @@ from saih.core import Check, Clock, Context, Point, Work
 from saih.timing import Unclocked
 from workloads.cosmology import symmetry as symmetries
 from workloads.cosmology.cosmoflow import execution, learning, spec
-from workloads.cosmology.cosmoflow.data import Standard, training_volumes, validation_volumes
+from workloads.cosmology.cosmoflow.data import VALIDATION_SEED, Standard, training_volumes, validation_volumes
 from workloads.cosmology.cosmoflow.model import Regressor, build
 from workloads.cosmology.cosmoflow.networks import TARGETS
 from workloads.cosmology.cosmoflow.parallel import Spatial, parallel
@@ -97,7 +97,7 @@ class Training:
         ever and applied to nothing; or gradients stay where they are."""
         if part == "input":
             counts, targets = next(self.loader)
-            kept = counts.clone(), targets.clone()
+            kept = torch.empty_like(counts, pin_memory=counts.is_pinned()).copy_(counts), targets.clone()
             self.loader.close()
             self.batches = repeat(kept)
         elif part == "compute":
@@ -219,7 +219,7 @@ class Training:
     def _validate(self, validation: Volumes) -> dict[str, float]:
         self.parallel.network.eval()
         numbers = learning.validate(
-            lambda counts: self._predict(self.parallel.model, self.parallel.share(counts)),
+            self._judge,
             validation,
             self.batch,
             self.parallel.reader,
@@ -227,6 +227,16 @@ class Training:
         )
         self.parallel.network.train()
         return numbers
+
+    def _judge(self, counts_BDHWC: Tensor) -> Tensor:
+        """Targets [B, TARGETS] of whole volumes. Who has learnt from all sides is asked from several, for the mean."""
+        sides = [counts_BDHWC]
+        if self.params["augment"] == "symmetry":
+            mesh, periodic = self.volumes.shape[0], self.volumes.periodic
+            drawn = (symmetries.draw(VALIDATION_SEED, view, 0, mesh, periodic) for view in range(spec.VIEWS))
+            sides = [symmetry.apply(counts_BDHWC) for symmetry in drawn]
+        predicted = [self._predict(self.parallel.model, self.parallel.share(side)) for side in sides]
+        return torch.stack(predicted).mean(0)
 
     def _own_loss(self) -> Tensor:
         """Of the first batch of this rank."""

@@ -192,16 +192,23 @@ def _optuna() -> Any:
         raise SaihError("the search needs optuna: pip install 'saih[search]'") from None
 
 
+def _count(text: str) -> int:
+    """A whole number of at least one, or argparse's own line."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m workloads.cosmology.cosmoflow.search", description=__doc__)
     parser.add_argument("folder", type=Path, help="where the universes are, or will be")
     parser.add_argument("--gflop", type=float, default=0.05, help="forward GFLOP of one sample, at the most (0.05)")
     parser.add_argument("--family", action="append", choices=list(DEEPEST), help="cosmoflow; give it twice for both")
-    parser.add_argument("--mesh", type=int, default=16, help="voxels per side (16)")
-    parser.add_argument("--samples", type=int, default=128, help="universes to train on; a quarter more to judge (128)")
-    parser.add_argument("--trials", type=int, default=20, help="architectures to try (20)")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each, of 8 samples (150)")
-    parser.add_argument("--threads", type=int, default=1, help="threads (1)")
+    parser.add_argument("--mesh", type=_count, default=16, help="voxels per side (16)")
+    parser.add_argument("--samples", type=_count, default=128, help="universes to train on; a quarter more judge (128)")
+    parser.add_argument("--trials", type=_count, default=20, help="architectures to try (20)")
+    parser.add_argument("--steps", type=_count, default=150, help="training steps of each, of 8 samples (150)")
+    parser.add_argument("--threads", type=_count, default=1, help="threads (1)")
     return parser
 
 

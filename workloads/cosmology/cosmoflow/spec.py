@@ -20,6 +20,8 @@ FINEST_PATCH, MOST_TOKENS = 8, 32_768
 GENERATE_BYTES_PER_S = 40e6
 """Volumes grown and painted per second on one core, a careful figure for planning."""
 
+VIEWS = 8
+"""Sides from which a volume is looked at in validation, where it was in training: augment=symmetry."""
 BACKENDS = ("ddp", "horovod", "fsdp", "spatial")
 ABLATIONS = ("input", "compute", "communication")
 """`Training.ablate` says how each is taken out of a step."""
@@ -53,7 +55,11 @@ PARAMETERS = (
     Parameter("scaling", "weak", "", "what `batch` counts when there are several ranks", choices=("weak", "strong")),
     Parameter("samples", 8, "volumes", "volumes in the data set", minimum=1),
     Parameter(
-        "dataset", "", "", "folder with MLPerf HPC's own files below train and validation; empty: universes made here"
+        "dataset",
+        "",
+        "",
+        "folder with MLPerf HPC's own files below train and validation; empty: universes made here",
+        path=True,
     ),
     Parameter("storage", DEFAULT_STORAGE, "", "how universes made here lie on disk", choices=STORAGES),
     Parameter("input", "storage", "", "read ahead from storage, or kept in host memory", choices=("storage", "memory")),
@@ -342,7 +348,9 @@ def lesson_steps(params: Params) -> int:
     if not learns(params) or params["labels"] == "mean":
         return 0
     validation = -(-int(params["validation"]) // (3 * _together(params)))
-    return int(params["epochs"]) * (steps_per_epoch(params) + validation)
+    validation *= VIEWS if params["augment"] == "symmetry" else 1
+    epochs = int(params["epochs"])
+    return epochs * steps_per_epoch(params) + validation * (epochs if params["target_mae"] else 1)
 
 
 def cost(params: Params) -> Cost:
@@ -391,6 +399,8 @@ def refuse(params: Params, net: Network, ranks: int) -> None:
             )
         if part == "compute" and execution != "eager":
             raise SaihError(f"ablation=compute replaces kernels one by one: execution=eager, not {execution}")
+    if params["input"] == "memory" and params["emulated_reader_bytes_per_s"]:
+        raise SaihError("input=memory reads nothing: emulated_reader_bytes_per_s goes with input=storage")
     if params["labels"] != "own" and not learns(params):
         raise SaihError(f"labels={params['labels']} is about what is learnt: set train=until-mae as well")
     if learns(params) and params["precision"] == "fp16":

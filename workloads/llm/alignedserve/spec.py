@@ -127,7 +127,7 @@ def _real(kernel: str, target: float, paper: str) -> Claim:
         ALIGNED,
         FCFS,
         target,
-        where={"attention": kernel},
+        where={"time": "real", "attention": kernel},
         paper=paper,
     )
 
@@ -201,6 +201,7 @@ CLAIMS = (
         ALIGNED,
         {"variant": "hf-continuous"},
         1.5,
+        where={"time": "real"},
     ),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -29,7 +29,7 @@ from workloads.llm.pipemax.real import (
     link_bytes_per_s,
     predicted_copy_bytes_per_s,
 )
-from workloads.llm.pipemax.rotation import Rotation
+from workloads.llm.pipemax.rotation import Rotation, Turn
 from workloads.llm.pool import HostPool, PooledState
 from workloads.llm.prefill import compute, prefill
 from workloads.llm.prepack import prepack
@@ -43,6 +43,8 @@ TERMS = ("fixed_s", "per_decode_s", "per_context_token_s")
 """T = alpha b + beta L + delta."""
 MANY_TIMES = 200
 """Over the cache: more than is copied while steps are calibrated."""
+REPLAYED = 32
+"""Batches of a run that the estimator is judged by."""
 MEMORY_BYTES = 1 << 26
 """Of the copy that stands for the device's memory."""
 
@@ -83,8 +85,9 @@ class Replay:
         self.memory_bytes_per_s = _memory_bytes_per_s()
         self.link = EmulatedLink(float(params["emulated_link"]) * self.memory_bytes_per_s)
         self.rate = link_bytes_per_s(self.kv, self.host, self.link)
-        with _links_busy(self.kv, self.host, self.link) if self.policy.offload else nullcontext():
-            fitted = fit(*_samples(self.worker), TERMS)
+        with self._copies_beside():
+            loads, step_s = _samples(self.worker, SWEEP)
+        fitted = fit(loads, step_s, TERMS)
         self.model, self.fit_errors = fitted.model, (fitted.median_error, fitted.worst_error)
         self.prefill_s_per_token = _prefill_s_per_token(self.stage, self.trace, self.kv)
         contexts = [len(each.prompt) + place for each in self.trace for place in range(each.max_new_tokens)]
@@ -107,6 +110,7 @@ class Replay:
             f"batch {expected.batch:.2f} requests, {expected.tokens_per_s:.0f} tokens/s"
         )
         rotation, requests = self._decode()
+        errors = self._estimator_errors(rotation.turns)
         arenas = self._layout_arenas()
         check = check_tokens(
             self.plain,
@@ -117,6 +121,8 @@ class Replay:
             "preemptions": float(sum(each.preemptions for each in requests)),
             "fit_median_error": self.fit_errors[0],
             "fit_worst_error": self.fit_errors[1],
+            "estimator_median_error": errors[len(errors) // 2],
+            "estimator_worst_error": errors[-1],
             "emulated_link_bytes_per_s": self.link.bytes_per_s,
             "emulated_link_bytes_per_s_measured": self.rate,
             "memory_bytes_per_s": self.memory_bytes_per_s,
@@ -130,6 +136,21 @@ class Replay:
 
     def close(self) -> None:
         """Threads end with each step."""
+
+    def _copies_beside(self) -> AbstractContextManager[None]:
+        """What runs beside the steps of a trace; the device's arena is lost."""
+        return _links_busy(self.kv, self.host, self.link) if self.policy.offload else nullcontext()
+
+    def _estimator_errors(self, turns: Sequence[Turn]) -> list[float]:
+        """|predicted / measured - 1| of batches the run had, in order; each again, and the median of its times counts.
+
+        A single turn is late for whatever else the machine does, which no estimator of b and L can know.
+        """
+        decoding = [turn for turn in turns if turn.load.decodes == turn.requests]
+        some = decoding[:: -(-len(decoding) // REPLAYED)]
+        with self._copies_beside():
+            loads, step_s = _samples(self.worker, [_alike(turn.load) for turn in some])
+        return sorted(abs(self.model.step_s(load) / took_s - 1) for load, took_s in zip(loads, step_s, strict=True))
 
     def _layout_arenas(self) -> tuple[PagedKV, PagedKV]:
         """Of a model whose layers are many and whose blocks are small, as on GPUs; out of the caches."""
@@ -193,29 +214,43 @@ def _links_busy(kv: PagedKV, host: PagedKV, link: EmulatedLink) -> Iterator[None
         outward.close()
 
 
-def _samples(worker: Worker, repeats: int = 7) -> tuple[list[Load], list[float]]:
-    """Decode steps of many sizes, alike and mixed, and the median time of each: the offline sweep of the paper.
+SWEEP = [
+    *([length] * count for count in (1, 2, 3, 4, 6, 8, 12) for length in (16, 48, 96, 160, 256)),
+    *([16, 160] * pairs for pairs in (1, 2, 3, 4)),
+    *([32, 64, 256] * triples for triples in (1, 2)),
+]
+"""Lengths of the requests of each batch that the estimator is fitted to: few and many, alike and mixed."""
 
-    The sweeps over all sizes are one after the other, so that what disturbs for a while disturbs one of each.
+
+def _alike(load: Load) -> list[int]:
+    """As many requests and tokens as this load has, of lengths as equal as can be."""
+    length, longer = divmod(load.context_tokens, load.decodes)
+    return [length + 1] * longer + [length] * (load.decodes - longer)
+
+
+def _samples(worker: Worker, shapes: Sequence[list[int]], repeats: int = 7) -> tuple[list[Load], list[float]]:
+    """Decode steps of these lengths, where they fit, and the median time of each: the offline sweep of the paper.
+
+    The sweeps over all sizes are one after the other, so that what disturbs for a while disturbs one of each; a first
+    one is not counted.
     """
-    room = worker.kv.blocks * worker.kv.block_size
-    shapes = [[length] * count for count in (1, 2, 3, 4, 6, 8, 12) for length in (16, 48, 96, 160, 256)]
-    shapes += [[16, 160] * pairs for pairs in (1, 2, 3, 4)] + [[32, 64, 256] * triples for triples in (1, 2)]
+    size = worker.kv.block_size
     loads: dict[int, Load] = {}
     times_s: dict[int, list[float]] = {}
-    for _ in range(repeats):
+    for sweep in range(repeats + 1):
         for place, lengths in enumerate(shapes):
-            if sum(lengths) + worker.kv.block_size * len(lengths) > room:
+            if sum(-(-length // size) for length in lengths) > worker.kv.blocks:
                 continue
-            blocks = BlockAllocator(worker.kv.blocks, worker.kv.block_size)
+            blocks = BlockAllocator(worker.kv.blocks, size)
             requests = [Request(number, [1] * length, 1, computed=length - 1) for number, length in enumerate(lengths)]
             for request in requests:
                 blocks.grow(request.id, request.context_tokens)
             plan = BatchPlan(requests, [1] * len(requests))
             begin_s = time.perf_counter()
             worker.run(Step.of(plan, blocks))
-            times_s.setdefault(place, []).append(time.perf_counter() - begin_s)
-            loads[place] = plan.load()
+            if sweep:
+                times_s.setdefault(place, []).append(time.perf_counter() - begin_s)
+                loads[place] = plan.load()
     return list(loads.values()), [float(np.median(each)) for each in times_s.values()]
 
 

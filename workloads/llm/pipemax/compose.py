@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,28 +68,32 @@ def _refine(
     model: CostModel,
     target_s: float,
 ) -> list[Candidate]:
+    """Swaps a chosen one for a larger one that was left out, the largest first; nobody who was skipped too often."""
+    if not target_s:
+        return chosen
     taken = {each.id for each in chosen}
-    out = sorted((each for each in candidates if each.id not in taken), key=lambda each: -each.blocks)
-    for _ in range(MOST_SWAPS):
-        swap = next(
-            (
-                (small, large)
-                for large in out
-                for small in chosen
-                if 0 < large.blocks - small.blocks <= room
-                and small.skipped < MOST_SKIPPED
-                and (not target_s or _step_s(model, requests, tokens + large.tokens - small.tokens) <= target_s)
-            ),
-            None,
-        )
-        if not room or swap is None or not target_s:
+    out = sorted((each for each in candidates if each.id not in taken), key=_blocks, reverse=True)
+    stay = [each for each in chosen if each.skipped >= MOST_SKIPPED]
+    movable = sorted((each for each in chosen if each.skipped < MOST_SKIPPED), key=_blocks)
+    swaps = 0
+    for large in out:
+        if not room or swaps == MOST_SWAPS:
             break
-        small, large = swap
-        chosen[chosen.index(small)] = large
-        out[out.index(large)] = small
-        room -= large.blocks - small.blocks
-        tokens += large.tokens - small.tokens
-    return chosen
+        first, end = (bisect_left(movable, each, key=_blocks) for each in (large.blocks - room, large.blocks))
+        for place in range(first, end):
+            small = movable[place]
+            if _step_s(model, requests, tokens + large.tokens - small.tokens) <= target_s:
+                room -= large.blocks - small.blocks
+                tokens += large.tokens - small.tokens
+                del movable[place]
+                insort(movable, large, key=_blocks)
+                swaps += 1
+                break
+    return [*stay, *movable]
+
+
+def _blocks(candidate: Candidate) -> int:
+    return candidate.blocks
 
 
 def _step_s(model: CostModel, requests: int, tokens: int) -> float:

@@ -6,8 +6,9 @@ this stage is back after S T, when it has been through all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from saih.errors import SaihError
@@ -15,10 +16,12 @@ from workloads.llm.costs import CostModel
 from workloads.llm.pipemax.compose import MOST_SKIPPED, Candidate, Held, compose
 from workloads.llm.pool import PooledState
 from workloads.llm.request import Request
-from workloads.llm.scheduler import BatchPlan
+from workloads.llm.scheduler import BatchPlan, Load
 
 GROWTH = 1.05
 """A batch may take so much longer than the mean of the last rotation. Our choice."""
+MOST_NEW = 256
+"""Of those that wait in the pool so many, the oldest, are looked at for a batch: a longer line costs no time."""
 WATERMARK = 0.02
 """Of the device's blocks that stay free for growth when a request comes in."""
 
@@ -87,6 +90,7 @@ class Turn:
     end_s: float
     predicted_s: float
     requests: int
+    load: Load
     stalled_s: float
     """Waited for what was fetched."""
     bubble_s: float
@@ -153,7 +157,8 @@ class Rotation:
             self._fill(following)
             return False
         plan = BatchPlan(batch, [1] * len(batch))
-        predicted_s = self.model.step_s(plan.load())
+        load = plan.load()
+        predicted_s = self.model.step_s(load)
         fetched = self._fill(following, predicted_s, running=slot)
         waited_s = self.device.now_s()
         self.device.wait_until(self._ready_s[slot])
@@ -168,7 +173,7 @@ class Rotation:
             for request in batch:
                 if request.id in self.state.running and self._unsaved(request) >= self.state.blocks.block_size:
                     self.device.offload(request)
-        self.turns.append(Turn(begin_s, end_s, predicted_s, len(batch), stalled_s, begin_s - waited_s, fetched))
+        self.turns.append(Turn(begin_s, end_s, predicted_s, len(batch), load, stalled_s, begin_s - waited_s, fetched))
         return True
 
     def _resident(self, request: Request) -> bool:
@@ -280,10 +285,12 @@ class Rotation:
         """Within what the link moves during the step: members that are away, then new ones."""
         members = self._slots[slot]
         budget = self._budget(step_s)
-        away = [each for each in members.values() if not self._resident(each)]
-        here = [each for each in members.values() if self._resident(each)]
+        here: list[Request] = []
+        away: list[Request] = []
+        for member in members.values():
+            (here if self._resident(member) else away).append(member)
         target_s = self._mean_step_s() if step_s else 0.0
-        new = list(self.state.pooled.values())[: self.max_requests - len(members)]
+        new = list(islice(self.state.pooled.values(), min(MOST_NEW, self.max_requests - len(members))))
         if self._skipped and len(away) > len(here):
             new = []  # more members than are fetched in time: no others for now
         held = Held(len(here), sum(each.context_tokens for each in here))
@@ -296,12 +303,12 @@ class Rotation:
                 chosen = [max(candidates, key=lambda each: each.skipped)]  # late, rather than never
         by_id = {each.id: each for each in [*away, *new]}
         fetched = 0
+        spare = 0 if at_once else 1 + int(WATERMARK * self.state.blocks.blocks)
+        leaving = self._leaving(running, slot)
         for each in chosen:
             request = by_id[each.id]
-            free_wanted = each.blocks + (0 if at_once else 1 + int(WATERMARK * self.state.blocks.blocks))
-            if self.state.blocks.free_blocks < free_wanted and not self._make_room_for_fetch(
-                free_wanted, running, slot
-            ):
+            room = self._evict(leaving, each.blocks + spare)
+            if not room and not (running < 0 and self._make_room(each.blocks + spare, slot, slot)):
                 break
             self.state.blocks.grow(request.id, request.context_tokens)
             if request.id in self.state.pooled:
@@ -316,18 +323,21 @@ class Rotation:
                 self._skipped[request.id] = self._skipped.get(request.id, 0) + 1
         return fetched
 
-    def _make_room_for_fetch(self, blocks: int, running: int, following: int) -> bool:
-        """Takes blocks of the batch that ran last: its next turn is furthest away."""
+    def _leaving(self, running: int, following: int) -> Iterator[Request]:
+        """Of the batch that ran last: its next turn is furthest away."""
         previous = (following - 2) % self.policy.slots
-        if running < 0 or previous in (running, following):
-            return self._make_room(blocks, following, following) if running < 0 else False
-        for request in list(self._slots[previous].values()):
-            if self.state.blocks.free_blocks >= blocks:
-                return True
+        return iter([] if running < 0 or previous in (running, following) else list(self._slots[previous].values()))
+
+    def _evict(self, leaving: Iterator[Request], blocks: int) -> bool:
+        """Takes blocks of these, one after the other, until so many are free; whether they are."""
+        while self.state.blocks.free_blocks < blocks:
+            request = next(leaving, None)
+            if request is None:
+                return False
             if self._resident(request):
                 self.device.evict(request)
                 self.state.blocks.release(request.id)
-        return self.state.blocks.free_blocks >= blocks
+        return True
 
     def _budget(self, step_s: float) -> int:
         """Blocks that can be fetched: P = T_exec x BW_eff, or a fixed share of the device."""

@@ -60,9 +60,9 @@ def figures(rotation: Rotation) -> dict[str, float]:
         "stalled_share": sum(each.stalled_s for each in turns) / busy_s,
         "bubble_share": sum(each.bubble_s for each in turns) / busy_s,
         "fetched_blocks_per_turn": sum(each.fetched_blocks for each in turns) / len(turns),
-        "estimator_median_error": errors[len(errors) // 2],
-        "estimator_p95_error": errors[int(0.95 * len(errors))],
-        "estimator_worst_error": errors[-1],
+        "single_turn_median_error": errors[len(errors) // 2],
+        "single_turn_p95_error": errors[int(0.95 * len(errors))],
+        "single_turn_worst_error": errors[-1],
     }
 
 
@@ -96,7 +96,7 @@ def run(params: Params, seed: int) -> dict[str, float]:
         device.rate / stage.kv_bytes_per_token,
     )
     expected = expect(requests, on_paper, chosen)
-    found = {name: value for name, value in figures(rotation).items() if not name.startswith("estimator")}
+    found = {name: value for name, value in figures(rotation).items() if not name.startswith("single_turn")}
     found |= {"tokens_per_s": tokens / took_s, "decode_tokens_per_s": tokens / (took_s - device.prefill_s)}
     return {f"simulated_{name}": value for name, value in found.items()} | {
         "predicted_simulated_tokens_per_s": expected.tokens_per_s,

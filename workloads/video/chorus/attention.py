@@ -20,12 +20,7 @@ from workloads.video.adapters import Adapter, WanAdapter
 
 
 class CrossAttention:
-    """The cross attention of all blocks of a model.
-
-    Attributes:
-        seen: what each text token got from each video token, mean over heads: float32 [L, S]; of the last forward that
-            was watched.
-    """
+    """The cross attention of all blocks of a model."""
 
     def __init__(self, adapter: Adapter) -> None:
         if not isinstance(adapter, WanAdapter):
@@ -34,7 +29,8 @@ class CrossAttention:
                 "nirvana and chorus-stage1 work on it"
             )
         self.modules = [block.attn2 for block in adapter.blocks]
-        self.seen = torch.empty(0)
+        self._kept = [torch.empty(0), torch.empty(0)]
+        """Queries [H, S, D] and keys [H, L, D]."""
 
     @contextmanager
     def amplified(self, columns: Sequence[int], factor: float) -> Iterator[None]:
@@ -45,10 +41,13 @@ class CrossAttention:
         from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
         class Amplified(WanAttnProcessor):  # type: ignore[misc]
+            bias: Tensor | None = None
+
             def __call__(self, attn: Any, video: Tensor, text: Tensor, *rest: Any) -> Tensor:
-                bias = video.new_zeros(1, 1, 1, text.shape[1])
-                bias[..., list(columns)] = math.log(factor)
-                mixed: Tensor = super().__call__(attn, video, text, bias, None)
+                if self.bias is None:  # the same in all blocks
+                    self.bias = video.new_zeros(1, 1, 1, text.shape[1])
+                    self.bias[..., list(columns)] = math.log(factor)
+                mixed: Tensor = super().__call__(attn, video, text, self.bias, None)
                 return mixed
 
         before = [module.processor for module in self.modules]
@@ -63,11 +62,11 @@ class CrossAttention:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Note in `seen` what the block in the middle of the model looks at: one block tells, and costs little."""
-        module, kept = self.modules[len(self.modules) // 2], {}
+        """Note what `seen` is counted from, in the block in the middle of the model: one tells, and costs little."""
+        module = self.modules[len(self.modules) // 2]
 
         def keep(norm: nn.Module, given: object, projected: Tensor) -> None:
-            kept[norm] = projected[0].unflatten(1, (module.heads, -1)).transpose(0, 1)
+            self._kept[norm is module.norm_k] = projected[0].unflatten(1, (module.heads, -1)).transpose(0, 1)
 
         handles = [norm.register_forward_hook(keep) for norm in (module.norm_q, module.norm_k)]
         try:
@@ -75,6 +74,10 @@ class CrossAttention:
         finally:
             for handle in handles:
                 handle.remove()
-        query_HSD, key_HLD = kept[module.norm_q], kept[module.norm_k]
+
+    def seen(self) -> Tensor:
+        """What each text token got from each video token in the last forward that was watched: float32 [L, S], the mean
+        over heads."""
+        query_HSD, key_HLD = self._kept
         weights = (key_HLD @ query_HSD.transpose(1, 2) / math.sqrt(query_HSD.shape[-1])).softmax(dim=1)
-        self.seen = weights.mean(dim=0).float()
+        return weights.mean(dim=0).float()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from saih.core import Check, Clock, Context, Point, Work
 from saih.errors import SaihError
-from saih.files import write_atomic
 from saih.timing import Unclocked
 from workloads.video import options, peers
 from workloads.video.checkpoint import TOY, Checkpoint
@@ -25,9 +23,9 @@ from workloads.video.chorus.server import EXACT, MISS, SEMANTIC, Served, Server,
 from workloads.video.chorus.store import Store
 from workloads.video.chorus.trace import Asked, Traffic, matches, queue_latencies
 from workloads.video.denoising import load
+from workloads.video.kept import digest, kept_path, made_once
 from workloads.video.loop import COND
 from workloads.video.probe import Probe
-from workloads.video.reference import source_digest
 from workloads.video.words import WordEmbeddings
 
 SERVED_AGAIN = 12
@@ -55,13 +53,8 @@ class Serving:
         self.trace = self._draw()
         self.plain = int(params["denoise_steps"]) * (2 if float(params["guidance"]) > 1 else 1)
         self.flop_per_forward = spec.shape(params).forward_flop(options.grid(params))
-        folder = Path(context.data_folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        told = [
-            *(source_digest(), self.identity, point.seed, context.device),
-            *(torch.__version__, torch.get_num_threads(), sorted(params.items())),
-        ]
-        self.kept = folder / f"chorus-served-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.json"
+        told = self.identity, point.seed, context.device, torch.__version__, torch.get_num_threads()
+        self.kept = kept_path(Path(context.data_folder), "chorus-served", *told, sorted(params.items()))
 
     def step(self, clock: Clock) -> Work:
         server, forwards = self.server(), 0.0
@@ -72,9 +65,7 @@ class Serving:
     def check(self) -> Check:
         """What is computed in full is the plain loop's, bit for bit; a request resumed from itself gives itself; the
         store kept its bound; serving is deterministic. Numbers of a trace are counted once and then read from disk."""
-        if not self.kept.exists():
-            self._serve_all()
-        known = json.loads(self.kept.read_text())
+        known = made_once(self.kept, self._serve_all)
         server = self.server()
         again = [server.serve(asked, Unclocked()) for asked in self.trace[:SERVED_AGAIN]]
         digests = [digest(served.latents) for served in again]
@@ -118,14 +109,13 @@ class Serving:
             raise SaihError("prompts: name a text file of prompts for a checkpoint with a text encoder")
         return traffic.draw(self.checkpoint.words.attributes, self.embed, self.seed)
 
-    def _serve_all(self) -> None:
+    def _serve_all(self) -> dict[str, Any]:
         server = self.server()
         served = [server.serve(asked, Unclocked()) for asked in self.trace]
         numbers = self._counted(served, server.store if isinstance(server, SharingServer) else None) | self._shown(
             served
         )
-        told = {"numbers": numbers, "digests": [digest(each.latents) for each in served]}
-        write_atomic(self.kept, lambda file: file.write(json.dumps(told).encode()))
+        return {"numbers": numbers, "digests": [digest(each.latents) for each in served]}
 
     def _counted(self, served: Sequence[Served], store: Store | None) -> dict[str, float]:
         """Hits by kind, work, histogram of what it saved, latencies in plain requests, bytes."""
@@ -208,11 +198,6 @@ class Serving:
         third = server.serve(replace(asked, seed=asked.seed + len(self.trace)), Unclocked())
         same = torch.allclose(third.latents, first.latents, atol=1e-5) or third.kind == MISS
         return second.kind == EXACT and torch.equal(first.latents, second.latents) and same
-
-
-def digest(latents: Tensor) -> str:
-    """Of the bits of a video."""
-    return hashlib.sha256(latents.float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def with_words(checkpoint: Checkpoint) -> Checkpoint:

@@ -129,7 +129,7 @@ class SharingServer(Server):
         clock.enter("other")
         kept.latents = policy.latents
         if self.attention is not None:
-            kept.attention = self.attention.seen
+            kept.attention = self.attention.seen()
         return result
 
     def _resume(self, request: Request, entry: Entry, stages: Bounds, prompt: str, clock: Clock) -> Result:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 from saih.core import Context, Point
 from workloads.video.caches import ACTIONS, FULL
 from workloads.video.denoising import Denoising, calibration, load
+from workloads.video.kept import kept_path
 from workloads.video.loop import Result
 from workloads.video.mixcache import spec, variants
-from workloads.video.reference import source_digest
 
 
 def setup(point: Point, context: Context) -> Caching:
@@ -30,21 +28,16 @@ class Caching(Denoising):
         loaded = load(str(params["model"]), layers, width, params, context.device)
         super().__init__(point, context, loaded, [spec.shape(params)])
         self.requests = self.videos.requests(self.checkpoint, variants.plain_steps(params))
-        told = [
-            source_digest(),
-            loaded[1],
-            sorted((key, value) for key, value in params.items() if key in KNOB_DEPENDS_ON),
-        ]
-        kept = self.folder / f"mixcache-knob-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.json"
+        decisive = sorted((key, value) for key, value in params.items() if key in KNOB_DEPENDS_ON)
+        kept = kept_path(self.folder, "mixcache-knob", loaded[1], decisive)
         calibrating = calibration(self.checkpoint, params, CALIBRATED_ON).requests(self.checkpoint)
         self.policy = variants.policy(params, self.loop, calibrating, kept)
-        self.worth: float | None = None
 
     def close(self) -> None:
         variants.close(self.policy)
 
     def units(self, forwards: float) -> float:
-        return forwards if self.worth is None else self.worth
+        return self.numbers.get("iso_forwards", forwards)
 
     def counted(self, results: Sequence[Result]) -> dict[str, float]:
         """Also steps by what was done in them, and memory of the cache."""
@@ -55,12 +48,6 @@ class Caching(Denoising):
             numbers |= {f"{kind}_steps": sum(result.counts[kind] for result in results) / count for kind in ACTIONS}
         if self.params["variant"] not in spec.HOOKED:
             numbers["cache_bytes"] = float(max(result.cache_bytes for result in results))
-        return numbers
-
-    def quality(self, results: Sequence[Result]) -> dict[str, float]:
-        """Also keeps what a video is worth, for the timed steps."""
-        numbers = super().quality(results)
-        self.worth = numbers.get("iso_forwards")
         return numbers
 
 

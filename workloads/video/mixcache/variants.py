@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from pathlib import Path
 
 from saih.core import Params
 from saih.errors import SaihError
-from saih.files import write_atomic
 from workloads.video import peers
 from workloads.video.adapters import Adapter
 from workloads.video.caches import BLOCK, CFG, STEP, Fixed, spread
+from workloads.video.kept import made_once
 from workloads.video.loop import Loop, Policy, Request
 from workloads.video.mixcache.policy import Always, MixCache, Trigger
 from workloads.video.mixcache.spec import MOST, TAIL, WARMUP
@@ -83,11 +82,8 @@ def policy(params: Params, loop: Loop, requests: Sequence[Request], kept: Path) 
         return Policy()
     one = knob(params, loop.models[0], lambda watch: loop.generate(requests[0], watch))
     value = float(params["threshold"])
-    if not value and kept.exists():
-        value = float(json.loads(kept.read_text())["value"])
-    elif not value:
-        value = search(one, loop, requests, float(params["speedup"]))
-        write_atomic(kept, lambda file: file.write(json.dumps({"value": value}).encode()))
+    if not value:
+        value = float(made_once(kept, lambda: search(one, loop, requests, float(params["speedup"]))))
     try:
         return one.make(value)
     except ValueError as mistake:

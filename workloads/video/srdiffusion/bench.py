@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, replace
@@ -11,10 +9,10 @@ from dataclasses import astuple, replace
 from torch import Tensor
 
 from saih.core import Context, Params, Point
-from saih.files import write_atomic
 from workloads.video.denoising import Denoising, load, load_transformer
+from workloads.video.kept import kept_path, made_once
 from workloads.video.loop import Policy, Request, Result, Step
-from workloads.video.reference import Reference, source_digest, work_at
+from workloads.video.reference import Reference, work_at
 from workloads.video.srdiffusion import spec
 from workloads.video.srdiffusion.policy import RENDER, SKETCH, EveryOther, SelfDifference, SketchRender, Switch
 
@@ -43,7 +41,7 @@ class SharedDenoising(Denoising):
         second = load_transformer(
             small, int(params["small_layers"]), int(params["small_width"]), params, context.device
         )
-        super().__init__(point, context, first, sizes, [second[0]])
+        super().__init__(point, context, first, sizes, [second])
         self.requests = self.videos.requests(self.checkpoint, spec.plain_steps(params))
         self.policy = policy(params)
         self.small_share = self.forward_flop[1] / self.forward_flop[0]
@@ -82,12 +80,9 @@ class SharedDenoising(Denoising):
 
     def _fixed_switches(self, reference: Reference, identities: Sequence[str]) -> Curve:
         """(work, dB) of switches at fixed steps, from disk, or measured and kept there."""
-        told = [source_digest(), *identities, astuple(self.videos)]
-        path = self.folder / f"srdiffusion-switches-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.json"
-        if not path.exists():
-            curve = self._measure_fixed_switches(reference)
-            write_atomic(path, lambda file: file.write(json.dumps(curve).encode()))
-        return tuple((work, db) for work, db in json.loads(path.read_text()))
+        path = kept_path(self.folder, "srdiffusion-switches", *identities, astuple(self.videos))
+        curve = made_once(path, lambda: self._measure_fixed_switches(reference))
+        return tuple((work, db) for work, db in curve)
 
     def _measure_fixed_switches(self, reference: Reference) -> Curve:
         """The large model goes all the way once; the small one sets out from many places of it."""
