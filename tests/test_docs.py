@@ -141,7 +141,7 @@ def test_documented_commands_that_only_read_really_run(command: str, tmp_path: P
     if "--json" in words:
         assert json.loads(answer.stdout)
     if words[0] == "report":
-        page = tmp_path / answer.stdout.strip()
+        page = tmp_path / answer.stdout.splitlines()[0]
         assert page.read_text().rstrip().endswith("</html>")
 
 
