@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: help sweep test lint bench cluster horovod system-packages clean
+.PHONY: help sweep test lint bench reference-reports cluster horovod system-packages clean
 
 help:
 	@echo "make sweep   install into $(VENV), run the main job, print where the report is"
 	@echo "make test    install, then linters, types and all tests"
 	@echo "make bench   print the speed of saih itself"
+	@echo "make reference-reports  make reports/reference from results/reference, with the README's pictures"
 	@echo "make cluster start a simulated Slurm cluster here and write sites/cluster.yaml and cluster-mpi.yaml; Ctrl-C stops it"
 	@echo "make horovod build Horovod for the torch of $(VENV), keep the wheel in ~/.cache/saih, install it"
 	@echo "make clean   remove $(VENV) and caches; jobs, results and reports stay"
@@ -29,6 +30,9 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.benchmarks
+
+reference-reports: $(VENV)/.installed
+	$(BIN)/python -m scripts.reference_reports
 
 cluster: $(VENV)/.installed
 	$(BIN)/python -m tests.cluster.slurm cluster

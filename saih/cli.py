@@ -231,13 +231,15 @@ def claims(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Write the HTML page of a results file."""
-    from saih.report import page
+    """Write the HTML page of one or many results files."""
+    from saih.report import committed, page
 
-    print(page.write(options.results, options.output or REPORTS / f"{options.results.stem}.html"))
-    print(page.headline(options.results))
-    if options.extra_p:
-        print(page.write_extra_p(options.results, options.extra_p))
+    first, *others = options.results
+    output = options.output or REPORTS / f"{'report' if others else first.stem}.html"
+    commitments = committed.load(options.committed) if options.committed else ()
+    print(page.write(options.results, output, commitments=commitments))
+    if not others:
+        print(page.headline(first))
     return 0
 
 
@@ -617,9 +619,11 @@ def _parser() -> argparse.ArgumentParser:
     judging.add_argument("--json", action="store_true", help="machine-readable")
 
     reporting = _verb(verbs, "report", report)
-    reporting.add_argument("results", type=Path, metavar="RESULTS.h5")
+    reporting.add_argument("results", type=Path, nargs="+", metavar="RESULTS.h5")
     reporting.add_argument("-o", "--output", type=Path, metavar="FILE.html")
-    reporting.add_argument("--extra-p", type=Path, metavar="FILE.jsonl", help="write step times as Extra-P reads them")
+    reporting.add_argument(
+        "--committed", type=Path, metavar="FILE.yaml", help="values that were committed to, to be judged on the page"
+    )
 
     probing = _verb(verbs, "probe", probe)
     probing.add_argument("--site", metavar="NAME|FILE", help="which site (default: local)")

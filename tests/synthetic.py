@@ -125,7 +125,8 @@ def _grid(scenario: Scenario) -> list[Point]:
 def _forecast(scenario: Scenario, point: Point) -> Forecast:
     """Predicted to take half as long as it will."""
     flop, step_s = scenario.flop(point.params), scenario.step_s(point.params)
-    return Forecast(point, Cost(flop, scenario.units, (Operation(flop, 1e6),)), step_s / 2, step_s * scenario.steps)
+    cost = Cost(flop, scenario.units, (Operation(flop, 1e6),), disk_bytes=scenario.file_read_bytes)
+    return Forecast(point, cost, step_s / 2, step_s * scenario.steps)
 
 
 def _measure(scenario: Scenario, point: Point, home: Path) -> None:
@@ -146,7 +147,7 @@ def _measure(scenario: Scenario, point: Point, home: Path) -> None:
         "ended": "2026-01-02T03:04:06+00:00",
         "check": dict(scenario.check(point.params)),
         "ranks": point.ranks,
-        "hosts": ["n1"] * point.ranks,
+        "hosts": [scenario.environment(point).get("host", "n1")] * point.ranks,
         "per_rank": {key: [value] * point.ranks for key, value in per_rank.items()},
         "samples_sha256": hashlib.sha256(content).hexdigest(),
         "environment": dict(scenario.environment(point)),

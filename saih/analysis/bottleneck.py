@@ -101,17 +101,18 @@ def verdicts(
     """
     timed = parts_of_step(samples)
     whole = cells[(cells["status"] == "measured") & is_whole(cells)]
-    shares = {cell: _shares(cell, points, repeats, timed) for cell in whole.index}
+    shares = _shares(whole.index, points, repeats, timed)
     compute_s = pd.Series({cell: shares[cell]["compute"].of_step * whole.at[cell, "step_s"] for cell in whole.index})
     demands = _demands(whole, points, sweep)
     sized = [axis.name for axis in axes_of(sweep) if is_sized(axis)]
     steepness = elasticities(whole, compute_s, demands[["FLOP", "memory"]].max(axis=1), sized)
-    fetched, slowest = from_storage(points, ranks), slowest_ranks(points, samples, ranks)
+    filled = demands.div(compute_s.where(compute_s > 0), axis=0).to_dict("index")
+    fetched, slowest = from_storage(points, ranks).to_dict(), slowest_ranks(points, samples, ranks)
     return [
         _judge(
             cell,
             shares[cell],
-            demands.loc[cell] / compute_s[cell] if compute_s[cell] > 0 else demands.loc[cell] * np.nan,
+            {part: share for part, share in filled[cell].items() if not np.isnan(share)},
             steepness.get(cell),
             float(fetched.get(cell, np.nan)),
             slowest.get(cell),
@@ -220,33 +221,46 @@ def _demands(whole: pd.DataFrame, points: pd.DataFrame, sweep: Mapping[str, Any]
     )
 
 
-def _shares(cell: str, points: pd.DataFrame, repeats: pd.DataFrame, timed: pd.DataFrame) -> dict[str, Share]:
-    """Shares of all parts, largest first: by experiment where there is one."""
-    own = timed.reindex(repeats.index[repeats["cell"] == cell]).dropna()
-    shares = {part: _share(own[part].to_numpy(), ablated=False) for part in TIMED}
-    for part, saved, alone in _ablations(cell, points, repeats, timed):
-        shares[part] = _share(saved, ablated=True, alone=alone)
-    return dict(sorted(shares.items(), key=lambda item: -item[1].of_step))
+def _shares(
+    cells: pd.Index, points: pd.DataFrame, repeats: pd.DataFrame, timed: pd.DataFrame
+) -> dict[str, dict[str, Share]]:
+    """Shares of all parts of each cell, largest first: by experiment where there is one."""
+    own = timed.reindex(repeats.index)[list(TIMED)].to_numpy()
+    rows, taken_out = repeats.groupby("cell").indices, _ablations(points, repeats, timed)
+    found = {}
+    for cell in cells:
+        values = own[rows[cell]]
+        values = values[~np.isnan(values).any(axis=1)]
+        shares = {part: _share(values[:, place], ablated=False) for place, part in enumerate(TIMED)}
+        shares |= {part: _share(saved, True, alone) for part, saved, alone in taken_out.get(cell, ())}
+        found[cell] = dict(sorted(shares.items(), key=lambda item: -item[1].of_step))
+    return found
 
 
 def _ablations(
-    cell: str, points: pd.DataFrame, repeats: pd.DataFrame, timed: pd.DataFrame
-) -> Iterator[tuple[str, np.ndarray, float]]:
-    """(part, share of the step it costs, one a repeat; how long it is alone over the step) for every ablation.
+    points: pd.DataFrame, repeats: pd.DataFrame, timed: pd.DataFrame
+) -> dict[str, list[tuple[str, np.ndarray, float]]]:
+    """Cell -> (part, share of the step it costs, one a repeat; how long it is alone over the step) of every ablation.
 
     Computing is never hidden, so it is alone what the clock saw in the whole step; what it may hide, reading and
     communication, is what the clock saw where computing was taken out.
     """
-    if "param_ablation" not in points:
-        return
+    if "param_ablation" not in points or (points["param_ablation"].fillna(WHOLE) == WHOLE).all():
+        return {}
     settings = [name for name in points if name.startswith("param_") and name != "param_ablation"]
-    mine = points.loc[points["cell"] == cell].iloc[0]
-    alike = points[(points[settings].fillna("") == mine[settings].fillna("")).all(axis=1)]
-    table = repeats.loc[repeats.index.intersection(alike.index), ["repeat", "step_s"]]
-    table = table.join(timed.mul(repeats["step_s"], axis=0)).assign(part=alike["param_ablation"])
+    alike = points.groupby([points[name].fillna("") for name in settings], sort=False).ngroup()
+    table = repeats[["cell", "repeat", "step_s"]].join(timed.mul(repeats["step_s"], axis=0))
+    table = table.assign(part=points["param_ablation"], alike=alike)
+    return {
+        str(group.loc[group["part"] == WHOLE, "cell"].iloc[0]): list(_taken_out(group))
+        for _, group in table.groupby("alike", sort=False)
+        if (group["part"] == WHOLE).any()
+    }
+
+
+def _taken_out(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray, float]]:
+    """Of the repeats of a whole cell and of those that differ from it in the part taken out."""
     by_part = {part: rows.set_index("repeat") for part, rows in table.groupby("part")}
-    if WHOLE not in by_part:
-        return
     whole_s = by_part[WHOLE]["step_s"]
     for part in PARTS:
         if part not in by_part:
@@ -270,7 +284,7 @@ def _share(values: np.ndarray, ablated: bool, alone: float = 0.0) -> Share:
 def _judge(
     cell: str,
     shares: dict[str, Share],
-    filled: pd.Series,
+    filled: Mapping[str, float],
     steepness: float | None,
     fetched: float,
     slowest: Slowest | None,
@@ -301,24 +315,24 @@ def _split_input(fetched: float) -> tuple[str, str]:
     return ("storage" if fetched >= 0.5 else "input"), told
 
 
-def _split_compute(filled: pd.Series, steepness: float | None) -> tuple[str, str, bool]:
+def _split_compute(known: Mapping[str, float], steepness: float | None) -> tuple[str, str, bool]:
     """(FLOP, memory or launch; why; whether that is clear) of the time spent computing.
 
-    `filled` is the share of that time that FLOP, memory and launch would take at their ceilings.
+    `known` is the share of that time that FLOP, memory and launch would take at their ceilings, of those known.
     """
-    known = filled.dropna()
-    if "FLOP" not in known and "memory" not in known:
+    work = {name: part for name, part in known.items() if name != "launch"}
+    if not work:
         return "compute", "no ceiling to tell FLOP from memory; run saih probe", False
     ceilings = ", ".join(f"{100 * part:.0f} % of it at the measured {name} ceiling" for name, part in known.items())
-    work = known.drop("launch", errors="ignore")
-    if steepness is not None and steepness < FLAT and work.max() < 2 * EMPTY:
+    most, least = max(work.values()), min(work.values())
+    if steepness is not None and steepness < FLAT and most < 2 * EMPTY:
         return "launch", f"its time grows as work^{steepness:.2f} to the next larger cell; {ceilings}", True
-    if known.get("launch", 0.0) > CLEAR * work.max():
+    if known.get("launch", 0.0) > CLEAR * most:
         return "launch", ceilings, known["launch"] >= EMPTY
-    if work.max() < EMPTY and steepness is None:
+    if most < EMPTY and steepness is None:
         return "launch", f"{ceilings}; no larger cell to compare with", False
     told = ceilings if steepness is None else f"{ceilings}; its time grows as work^{steepness:.2f}"
-    return str(work.idxmax()), told, bool(work.max() > CLEAR * work.min()) and len(work) == 2
+    return max(work, key=lambda name: work[name]), told, most > CLEAR * least and len(work) == 2
 
 
 def _with_half(share: float, alone: float) -> float:

@@ -46,8 +46,8 @@ def step_intervals(steps: pd.DataFrame) -> pd.DataFrame:
     )
     single = found.index[found["repeats"] == 1]
     alone = steps[steps["cell"].isin(single)].groupby("cell", sort=False)["step_s"]
-    for cell, values in alone:
-        found.loc[cell, ["step_s_low", "step_s_high"]] = order_statistics(values.to_numpy())
+    ends = {cell: order_statistics(values.to_numpy()) for cell, values in alone}
+    found.loc[list(ends), ["step_s_low", "step_s_high"]] = np.array(list(ends.values())).reshape(-1, 2)
     return found
 
 

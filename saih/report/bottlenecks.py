@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from saih.analysis import numbers
-from saih.analysis.bottleneck import CACHED_SHARE, TIMED, Share, Verdict, busy_ranks, verdicts
+from saih.analysis.bottleneck import CACHED_SHARE, TIMED, Share, Verdict
 from saih.report.grid import MOST_GROUPS, layout, left_out, spread, words
 from saih.report.results import Results
 
@@ -28,46 +28,20 @@ class Map:
     """Of each rung of the second axis: (verdict, share, whether it is certain) for each of the first."""
 
 
-def judged(results: Results) -> list[Verdict]:
-    """The verdict on every measured cell that is as users run it."""
-    if results.whole.empty:
-        return []
-    return verdicts(results.points, results.samples, results.ranks, results.by_point, results.cells, results.sweep)
-
-
-def rows(results: Results, found: list[Verdict]) -> list[dict[str, Any]]:
+def rows(results: Results) -> list[dict[str, Any]]:
     """For a spread of cells: labels, bars, verdict, evidence, and what doubling each part's speed would give."""
-    return [_row(results, verdict) for verdict in spread(found, MOST_ROWS)]
+    return [_row(results, verdict) for verdict in spread(results.verdicts, MOST_ROWS)]
 
 
-def maps(results: Results, found: list[Verdict]) -> tuple[list[Map], str]:
+def maps(results: Results) -> tuple[list[Map], str]:
     """A map of verdicts for each combination of the further axes; and how many are left out."""
     plan = layout(results.problem_axes)
     if plan.lines is None:
         return [], ""
-    by_cell = {verdict.cell: verdict for verdict in found}
+    by_cell = {verdict.cell: verdict for verdict in results.verdicts}
     combinations = list(plan.split(results.undisturbed))
     told = [_map(words(labels), cells, plan, by_cell) for labels, cells in combinations[:MOST_GROUPS]]
     return told, left_out(len(combinations), "map")
-
-
-def over_ranks(results: Results) -> list[dict[str, Any]]:
-    """How long the ranks of a cell are busy in a step, a row a cell that has several: spread, and who comes last."""
-    found = busy_ranks(results.points, results.samples, results.ranks)
-    told = []
-    for cell, ranks in found[found["cell"].isin(results.whole.index)].groupby("cell", sort=False):
-        fastest, slowest = ranks.loc[ranks["busy_s"].idxmin()], ranks.loc[ranks["busy_s"].idxmax()]
-        told.append(
-            {
-                "labels": [str(results.cells.at[cell, f"label_{axis.name}"]) for axis in results.axes],
-                "fastest": numbers.si(fastest["busy_s"], "s"),
-                "median": numbers.si(ranks["busy_s"].median(), "s"),
-                "slowest": numbers.si(slowest["busy_s"], "s"),
-                "apart": numbers.three(100 * (slowest["busy_s"] / ranks["busy_s"].median() - 1)),
-                "last": f"rank {slowest['rank']} on {slowest['host']}",
-            }
-        )
-    return spread(told, MOST_ROWS)
 
 
 def cache_rule(results: Results) -> str:
@@ -91,13 +65,12 @@ def cache_rule(results: Results) -> str:
     )
 
 
-def table(results: Results, found: list[Verdict]) -> pd.DataFrame:
+def table(results: Results) -> pd.DataFrame:
     """One row a cell, for download: verdict, evidence, and of each part its share and the gain of doubling it."""
     records = []
-    for verdict in found:
-        cell = results.cells.loc[verdict.cell]
-        record: dict[str, Any] = {"cell": verdict.cell}
-        record |= {f"label_{axis.name}": cell[f"label_{axis.name}"] for axis in results.axes}
+    labels = results.cells[[f"label_{axis.name}" for axis in results.axes]].to_dict("index")
+    for verdict in results.verdicts:
+        record: dict[str, Any] = {"cell": verdict.cell} | labels[verdict.cell]
         record |= {"bottleneck": verdict.bottleneck, "certain": verdict.certain, "evidence": verdict.evidence}
         record["from_storage"] = verdict.from_storage
         if verdict.slowest:
@@ -129,11 +102,8 @@ def _row(results: Results, verdict: Verdict) -> dict[str, Any]:
 
 def _map(caption: str, cells: pd.DataFrame, plan: Any, by_cell: dict[str, Verdict]) -> Map:
     across, down = plan.across, plan.lines
-    places = {
-        (row[f"label_{across.name}"], row[f"label_{down.name}"]): by_cell[str(cell)]
-        for cell, row in cells.iterrows()
-        if cell in by_cell
-    }
+    labels = zip(cells[f"label_{across.name}"], cells[f"label_{down.name}"], strict=True)
+    places = {place: by_cell[cell] for cell, place in zip(cells.index, labels, strict=True) if cell in by_cell}
     told = []
     for rung in down.rungs:
         line = [places.get((column.label, rung.label)) for column in across.rungs]

@@ -115,7 +115,7 @@ def _percent_panel(
 ) -> Panel:
     lines = [_percent_line(label, group, plan, column) for label, group in series]
     title = f"% of {denominator} over {plan.across.name}" + (f" at {words(labels)}" if labels else "")
-    return Panel(name, title, _told(title, lines), lines, _scale(plan.across), f"% of {denominator}", top)
+    return Panel(name, title, _told(title, lines), lines, scale_of(plan.across), f"% of {denominator}", top)
 
 
 def _rate_panel(name: str, unit: str, amount: str, series: Series, across: Axis) -> Panel:
@@ -126,7 +126,7 @@ def _rate_panel(name: str, unit: str, amount: str, series: Series, across: Axis)
         rate, low, high = (group[amount] / group[step] / busy / 1e9 for step in ("step_s", "step_s_high", "step_s_low"))
         lines.append(_line(label, group[f"size_{across.name}"], rate, low, high))
     title = f"{unit} over {across.name}"
-    return Panel(f"{name}-{amount.replace('_', '-')}", title, _told(title, lines), lines, _scale(across), unit)
+    return Panel(f"{name}-{amount.replace('_', '-')}", title, _told(title, lines), lines, scale_of(across), unit)
 
 
 def _scaling_panel(group: str, label: str, series: Series, column: str, scaled: pd.DataFrame, ideals: Ideals) -> Panel:
@@ -135,8 +135,8 @@ def _scaling_panel(group: str, label: str, series: Series, column: str, scaled: 
     lines = []
     for name, cells in series:
         cells = cells.sort_values("ranks")
-        values = (factor * cells[f"{column}{end}"] for end in ("", "_low", "_high"))
-        lines.append(_line(name, cells["ranks"], *values))
+        value, low, high = (factor * cells[f"{column}{end}"] for end in ("", "_low", "_high"))
+        lines.append(_line(name, cells["ranks"], value, low, high, kind_of(cells)))
     ranks = sorted(scaled["ranks"].unique())
     logarithmic = is_logarithmic(ranks)
     scale = Scale("ranks", _ticks(ranks, [f"{rank:g}" for rank in ranks], logarithmic), True, logarithmic)
@@ -160,11 +160,17 @@ def _percent_line(label: str, group: pd.DataFrame, plan: Layout, column: str) ->
     share = by_rung[column]
     low, high = (share * by_rung["step_s"] / by_rung[step] for step in ("step_s_high", "step_s_low"))
     named = f"{plan.lines.name} {label}" if plan.lines else ""
-    return _line(named, pd.Series([rung.size for rung in across.rungs]), share, low, high)
+    return _line(named, pd.Series([rung.size for rung in across.rungs]), share, low, high, kind_of(group))
 
 
-def _line(label: str, x: pd.Series, y: pd.Series, low: pd.Series, high: pd.Series) -> Line:
-    return Line(label, *(values.astype(float).tolist() for values in (x, y, low, high)))
+def _line(label: str, x: pd.Series, y: pd.Series, low: pd.Series, high: pd.Series, kind: str = "measured") -> Line:
+    x_values, y_values, *ends = (values.astype(float).tolist() for values in (x, y, low, high))
+    return Line(label, x_values, y_values, ends[0], ends[1], kind)
+
+
+def kind_of(cells: pd.DataFrame) -> str:
+    """Of a line through these cells: one that is not plainly measured marks them all."""
+    return next((kind for kind in ("simulated", "emulated") if (cells["measured_as"] == kind).any()), "measured")
 
 
 def _every_series(plan: Layout, cells: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -179,7 +185,8 @@ def _bounded(series: Series, most: int = MOST_LINES) -> tuple[Series, list[str]]
     return kept, [f"{len(kept)} of {len(series)} lines shown, evenly spaced."] if len(kept) < len(series) else []
 
 
-def _scale(axis: Axis) -> Scale:
+def scale_of(axis: Axis) -> Scale:
+    """The axis across a panel, with its rungs as ticks."""
     sizes, labels = [float(rung.size) for rung in axis.rungs], [rung.label for rung in axis.rungs]
     sized = is_sized(axis)
     logarithmic = sized and is_logarithmic(sizes)

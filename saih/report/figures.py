@@ -1,4 +1,4 @@
-"""Draws a panel of lines as SVG that follows the page's theme. The only user of matplotlib."""
+"""Draws a panel of lines as SVG that follows the page's theme, and tells its numbers. The only user of matplotlib."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from saih.analysis.numbers import ABSENT, three
 
 SERIES_COLOURS = 6
 MOST_LINES = 2 * SERIES_COLOURS
@@ -22,6 +24,8 @@ MARKERS = "osD^vP"
 WIDTH_INCH, HEIGHT_INCH, LEGEND_ROW_INCH = 5.4, 3.4, 0.22
 INTERVAL_ALPHA = 0.55
 MOST_MARKERS = 16
+SHAPES = {"projected": "D", "simulated": "^", "emulated": "s"}
+"""Markers of what was not plainly measured: hollow, on a dash-dotted line, and named in the legend."""
 THEME = {"#000001": "--ink", "#000002": "--muted", "#000003": "--rule", "#000004": "--page"}
 THEME |= {f"#0000a{place}": f"--series-{place}" for place in range(SERIES_COLOURS)}
 """Colours drawn with -> the CSS variables that replace them."""
@@ -51,6 +55,9 @@ class Line:
     y: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
+    kind: str = "measured"
+    place: int | None = None
+    """Whose colour it takes, where it continues another line; else its own."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,34 @@ class Panel:
     """Of y; it then begins where the values do."""
 
 
-def draw(panel: Panel) -> str:
-    """The panel as an `<svg>` element whose colours are CSS variables and whose ids start with the panel's name."""
+@dataclass(frozen=True)
+class Number:
+    """One marker of a panel in words: the row of its table, and what hovering over it says."""
+
+    series: str
+    kind: str
+    x: str
+    y: str
+    interval: str
+
+
+def numbers_of(panel: Panel) -> list[Number]:
+    """Every value that the panel draws, line by line."""
+    named = dict(panel.x.ticks)
+    return [
+        Number(line.label, line.kind, named.get(x) or f"{x:.4g}", three(y), _ends(low, high))
+        for line in panel.lines
+        for x, y, low, high in zip(line.x, line.y, line.low, line.high, strict=True)
+        if np.isfinite(y)
+    ]
+
+
+def _ends(low: float, high: float) -> str:
+    return f"{three(low)} to {three(high)}" if np.isfinite(low) and np.isfinite(high) else ABSENT
+
+
+def draw(panel: Panel, prefix: str = "") -> str:
+    """The panel as an `<svg>` element whose colours are CSS variables and whose ids start with `prefix` and its own."""
     columns = 1 if any(len(line.label) > 28 for line in panel.lines) else 2
     named = sum(bool(line.label) for line in panel.lines) + bool(panel.ideals)
     rows = -(-named // columns)
@@ -114,7 +147,7 @@ def draw(panel: Panel) -> str:
             figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None})
-    return _themed(written.getvalue(), panel)
+    return _themed(written.getvalue(), panel, prefix + panel.name)
 
 
 def _scale(axes: Axes, panel: Panel) -> None:
@@ -127,6 +160,8 @@ def _scale(axes: Axes, panel: Panel) -> None:
     axes.set_xticks([], minor=True)
     if panel.logarithmic:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
     else:
         axes.set_ylim(panel.y_bottom, panel.y_top)
     axes.set_xlabel(panel.x.label)
@@ -135,39 +170,60 @@ def _scale(axes: Axes, panel: Panel) -> None:
     axes.set_axisbelow(True)
 
 
-def _plot(axes: Axes, line: Line, place: int, joined: bool) -> None:
-    colour, second = f"#0000a{place % SERIES_COLOURS}", place >= SERIES_COLOURS
+def _plot(axes: Axes, line: Line, number: int, joined: bool) -> None:
+    place = number if line.place is None else line.place
+    colour, hollow = f"#0000a{place % SERIES_COLOURS}", place >= SERIES_COLOURS or line.kind != "measured"
+    style = "-." if line.kind != "measured" else "--" if hollow else "-"
     y = np.asarray(line.y, dtype=float)
     every = max(1, len(y) // MOST_MARKERS)
     error = [np.clip(y - np.asarray(line.low), 0, None), np.clip(np.asarray(line.high) - y, 0, None)]
-    _, caps, bars = axes.errorbar(
+    drawn, caps, bars = axes.errorbar(
         *(line.x, y, error),
-        label=line.label,
+        label=line.label if line.kind == "measured" else f"{line.label} ({line.kind})".strip(),
         color=colour,
-        linestyle=("--" if second else "-") if joined else "none",
+        linestyle=style if joined else "none",
         linewidth=1.6,
-        marker=MARKERS[place % len(MARKERS)],
+        marker=SHAPES.get(line.kind, MARKERS[place % len(MARKERS)]),
         markersize=5.5,
         markevery=every,
         errorevery=every,
-        markerfacecolor=PAGE if second else colour,
+        markerfacecolor=PAGE if hollow else colour,
         elinewidth=1,
         capsize=3,
     )
+    drawn.set_gid(f"line-{number}")
     for artist in (*caps, *bars):
         artist.set_alpha(INTERVAL_ALPHA)
 
 
-def _themed(svg: str, panel: Panel) -> str:
+def _themed(svg: str, panel: Panel, name: str) -> str:
     """Only the element, without metadata; with names for screen readers, ids of its own, and theme colours."""
     body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{panel.name}-", body)
+    for place, line in enumerate(panel.lines):
+        body = _with_values(body, place, numbers_of(replace(panel, lines=[line])))
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
     for colour, variable in THEME.items():
         body = body.replace(colour, f"var({variable})")
     body = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", body)
+    body = re.sub(r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), body)
     ends = body.index(">")
     opening = re.sub(r' (?:width|height|xmlns)="[^"]*"', "", body[:ends])
-    names = f'<title id="{panel.name}-title">{html.escape(panel.title)}</title>'
-    names += f'<desc id="{panel.name}-desc">{html.escape(panel.description)}</desc>'
-    told = f' role="img" aria-labelledby="{panel.name}-title {panel.name}-desc"'
+    names = f'<title id="{name}-title">{html.escape(panel.title)}</title>'
+    names += f'<desc id="{name}-desc">{html.escape(panel.description)}</desc>'
+    told = f' role="img" aria-labelledby="{name}-title {name}-desc"'
     return f"{opening}{told}>{names}{body[ends + 1 :]}".strip()
+
+
+def _with_values(svg: str, place: int, told: Sequence[Number]) -> str:
+    """Each marker of a line says its value when the pointer rests on it; not where only some values have a marker."""
+    begins = svg.find(f'<g id="line-{place}">')
+    ends = svg.find("<g id=", svg.find("<use", begins)) if begins >= 0 else -1
+    group = svg[begins:ends]
+    markers = re.findall(r"<use [^>]*/>", group)
+    if begins < 0 or len(markers) != len(told):
+        return svg
+    for marker, each in zip(markers, told, strict=True):
+        words = f"{each.series} at {each.x}: {each.y}" + (f" ({each.interval})" if each.interval != ABSENT else "")
+        title = f"<title>{html.escape(words.strip())}</title>"
+        group = group.replace(marker, f"{marker[:-2]}>{title}</use>", 1)
+    return svg[:begins] + group + svg[ends:]

@@ -1,9 +1,14 @@
-"""Writes a results file as one HTML page that needs no network and no script."""
+"""Writes results files as one HTML page that needs no network, and says everything without its script too."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import itertools
+import math
 import shlex
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +19,25 @@ from saih import __version__
 from saih.analysis import numbers
 from saih.analysis.bottleneck import TIMED
 from saih.analysis.ceilings import unit
-from saih.analysis.scaling import scaling
 from saih.files import write_atomic
-from saih.report import asked, bottlenecks, contention, curves, roofline, second_ranks, tables, trade, trends
+from saih.report import (
+    asked,
+    bottlenecks,
+    committed,
+    contention,
+    curves,
+    figures,
+    front,
+    kinds,
+    roofline,
+    second_ranks,
+    sides,
+    spreads,
+    tables,
+    trade,
+    trends,
+)
 from saih.report.downloads import downloads
-from saih.report.figures import draw
 from saih.report.grid import layout
 from saih.report.results import Results, read
 from saih.report.summary import ceiling_intervals, chosen_ceilings, is_ceilings, plain, summarize
@@ -26,14 +45,43 @@ from saih.report.summary import ceiling_intervals, chosen_ceilings, is_ceilings,
 KERNELS = "kernels"
 """The part of the ceilings whose cells, environment and downloads their page has; of the others it has the rates."""
 TEMPLATES = Path(__file__).parent.parent / "templates"
+GAUGE_FACTOR = 8
+"""The gauge of a claim shows this factor to both sides of its target."""
+PARTS = (
+    ("trade", "trade", "Quality over speed"),
+    ("curves", "groups", "% of peak"),
+    ("map", "maps", "Heat map"),
+    ("trends", "has_trends", "Trends"),
+    ("roofline", "roofline", "Roofline"),
+    ("bottlenecks", "bottlenecks", "Bottlenecks"),
+    ("phases", "has_phases", "Step time"),
+    ("ranks", "ranks_over", "Ranks"),
+    ("repeats", "repeats", "Raw repeats"),
+    ("rates", "rates", "Rates"),
+    ("scaling", "scaling", "Scaling"),
+    ("claims", "axes", "Gains and claims"),
+    ("checks", "check_rows", "Checks"),
+    ("cells", "axes", "All cells"),
+    ("troubles", "troubles", "Not measured"),
+    ("environment", "axes", "Environment"),
+    ("data", "axes", "Data"),
+)
+"""(id, the content it shows, what the table of contents calls it) of each part of a study."""
 
 
-def write(results: Path, output: Path, ceilings: Mapping[str, Any] | None = None) -> Path:
-    """Write the page of `results` to `output`, whole or not at all; SaihError where `results` cannot be read.
+def write(
+    results: Path | Sequence[Path],
+    output: Path,
+    ceilings: Mapping[str, Any] | None = None,
+    commitments: Sequence[committed.Commitment] = (),
+) -> Path:
+    """Write the page of `results` to `output`, whole or not at all; SaihError where one cannot be read.
 
-    The page of a part of the ceilings lists all of `ceilings`, the site's, where they are given.
+    The page of a part of the ceilings lists all of `ceilings`, the site's, where they are given. The same results make
+    the same bytes.
     """
-    text = _render(read(results), ceilings).encode()
+    paths = [results] if isinstance(results, Path) else list(results)
+    text = _render([read(path) for path in paths], ceilings, commitments).encode()
     write_atomic(output, lambda file: file.write(text))
     return output
 
@@ -41,14 +89,7 @@ def write(results: Path, output: Path, ceilings: Mapping[str, Any] | None = None
 def write_ceilings(parts: Mapping[str, Path], output: Path, ceilings: Mapping[str, Any]) -> Path:
     """Write one page of all `ceilings` of a site, from the results file of each part of its probe."""
     found = {name: read(path) for name, path in parts.items()}
-    text = _render(found[KERNELS], ceilings, found).encode()
-    write_atomic(output, lambda file: file.write(text))
-    return output
-
-
-def write_extra_p(results: Path, output: Path) -> Path:
-    """Write the measured step times as Extra-P reads them."""
-    text = trends.extra_p(read(results)).encode()
+    text = _render([found[KERNELS]], ceilings, (), found).encode()
     write_atomic(output, lambda file: file.write(text))
     return output
 
@@ -59,13 +100,105 @@ def headline(results: Path) -> str:
     return "\n".join([plain(summarize(found)), *([] if is_ceilings(found) else trends.held_out_lines(found))])
 
 
-def _render(results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results] | None = None) -> str:
-    loader = jinja2.FileSystemLoader(TEMPLATES)
+def _render(
+    studies: Sequence[Results],
+    ceilings: Mapping[str, Any] | None,
+    commitments: Sequence[committed.Commitment],
+    parts: Mapping[str, Results] | None = None,
+) -> str:
     env = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    env.filters |= {"three": numbers.three, "plural": numbers.plural, "draw": lambda panel: Markup(draw(panel))}  # noqa: S704
-    return env.get_template("report.html.j2").render(_content(results, ceilings, parts or {"": results}))
+    env.filters |= {"three": numbers.three, "plural": numbers.plural, "numbers": figures.numbers_of}
+    env.globals |= {
+        "draw": lambda panel, prefix: Markup(figures.draw(panel, prefix)),  # noqa: S704 (it escapes what it writes)
+        "next_figure": itertools.count(1).__next__,
+        "kinds": kinds.KINDS,
+        "half_percent": spreads.HALF_PERCENT,
+        "gauge_factor": GAUGE_FACTOR,
+        "version": __version__,
+    }
+    style, script = ((TEMPLATES / "report" / name).read_text() for name in ("style.css", "script.js"))
+    judgements = committed.judge(commitments, studies)
+    workloads = _workloads(studies, ceilings, parts, env)
+    digest = hashlib.sha256(f"\n{script}".encode()).digest()
+    return env.get_template("report/page.html.j2").render(
+        title=_title(studies),
+        several=len(studies) > 1,
+        systems=(systems := _systems(studies, workloads, judgements)),
+        dates=", ".join(dict.fromkeys(system.date for system in systems if system.date)),
+        sides=sides.sides(studies),
+        judgements=judgements,
+        workloads=workloads,
+        files=[one.path.name for one in studies],
+        sheets={one.denominators["percent_of_datasheet"] for one in studies},
+        devices={one.sweep["site"]["device"] for one in studies},
+        ceiling_intervals=_merged(ceiling_intervals(one.sweep["ceilings"]) for one in studies),
+        style=Markup(style),  # noqa: S704 (our own file, as the script is)
+        script=Markup(script),  # noqa: S704
+        script_hash=base64.b64encode(digest).decode(),
+    )
+
+
+def _title(studies: Sequence[Results]) -> str:
+    names = list(dict.fromkeys(one.system for one in studies))
+    return f"AI performance of {', '.join(names)}, as the application grows"
+
+
+def _merged(many: Any) -> dict[str, str]:
+    return {key: value for each in many for key, value in each.items()}
+
+
+def _by_workload(studies: Sequence[Results]) -> dict[str, list[Results]]:
+    found: dict[str, list[Results]] = {}
+    for one in studies:
+        found.setdefault(str(one.sweep["workload"]), []).append(one)
+    return found
+
+
+def _workloads(
+    studies: Sequence[Results],
+    ceilings: Mapping[str, Any] | None,
+    parts: Mapping[str, Results] | None,
+    env: jinja2.Environment,
+) -> list[dict[str, Any]]:
+    """Each workload with its studies, rendered in the order in which their figures are numbered."""
+    template, told, number = env.get_template("report/study.html.j2"), [], itertools.count(1)
+    for place, (name, mine) in enumerate(_by_workload(studies).items(), 1):
+        sections = []
+        for one in mine:
+            prefix = f"s{next(number)}-" if len(studies) > 1 else ""
+            content = _content(one, ceilings, parts or {"": one})
+            shown = [(f"{prefix}{anchor}", text) for anchor, key, text in PARTS if content[key]]
+            level = 4 if len(mine) > 1 else 3
+            html = Markup(template.render(content, prefix=prefix, level=level))  # noqa: S704 (escaped by the template)
+            sections.append({"prefix": prefix, "name": one.path.stem, "parts": shown, "html": html})
+        told.append({"name": name, "title": mine[0].title, "anchor": f"workload-{place}", "studies": sections})
+    return told
+
+
+def _systems(
+    studies: Sequence[Results], workloads: Sequence[Mapping[str, Any]], judgements: Sequence[committed.Judgement]
+) -> list[front.System]:
+    anchors = {workload["name"]: workload["anchor"] for workload in workloads}
+    found: dict[str, list[Results]] = {}
+    for one in studies:
+        found.setdefault(one.system, []).append(one)
+    told = []
+    for name, mine in found.items():
+        summaries = [summarize(one) for one in mine]
+        days = sorted(day for each in summaries for day in each.date.split(" to ") if day)
+        rows = []
+        for workload, same in _by_workload(mine).items():
+            verdicts = [each.verdict for each in judgements if (each.system, each.workload) == (name, workload)]
+            rows.append(front.row(same, anchors[workload], Counter(verdicts)))
+        machine = ", ".join(dict.fromkeys(each.machine for each in summaries))
+        told.append(front.System(name, machine, " to ".join(dict.fromkeys(days[:1] + days[-1:])), rows))
+    return told
 
 
 def _content(results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results]) -> dict[str, Any]:
@@ -75,9 +208,10 @@ def _content(results: Results, ceilings: Mapping[str, Any] | None, parts: Mappin
     phases, phase_rows = tables.phase_rows(results)
     checks, check_rows = tables.check_rows(results)
     troubles, troubles_total = tables.troubles(results)
+    repeats, repeats_total = spreads.repeats(results)
+    ranks_over, by_host = spreads.ranks(results)
     plan = layout(results.problem_axes)
-    return {
-        "version": __version__,
+    found = {
         "results": results,
         "sweep": results.sweep,
         "command": shlex.join(results.sweep["command"]),
@@ -88,7 +222,6 @@ def _content(results: Results, ceilings: Mapping[str, Any] | None, parts: Mappin
         "of": results.denominators,
         "sheet": results.denominators["percent_of_datasheet"],
         "on_cpu": results.memory == "host_peak_bytes",
-        "ceiling_intervals": ceiling_intervals(results.sweep["ceilings"]),
         "axes": results.axes,
         "across": plan.across,
         "down": plan.lines,
@@ -107,15 +240,41 @@ def _content(results: Results, ceilings: Mapping[str, Any] | None, parts: Mappin
         "trends": [] if probing else trends.trends(results),
         "roofline": None if probing else roofline.rooflines(results),
         "bottlenecks": None if probing else _bottlenecks(results),
+        "repeats": repeats,
+        "repeats_total": repeats_total,
+        "ranks_over": ranks_over,
+        "by_host": by_host,
         "scaling": _scaling(results),
         "trade": trade.section(results),
         "cells": tables.cell_rows(results),
         "intervals": sorted(results.measured["interval"].unique()),
+        "gauges": {claim["name"]: _gauge(claim) for claim in results.claims},
+        "claim_kinds": {claim["name"]: kinds.of_metric(claim["metric"]) for claim in results.claims},
+        "checks_failed": int((results.points["kind"] == "check-failed").sum()),
         "troubles": troubles,
         "troubles_total": troubles_total,
         "environments": tables.environment_rows(results.environments),
         "downloads": downloads(results),
     }
+    return found | {
+        "has_trends": bool(found["shapes"] or found["trends"]),
+        "has_phases": bool(phase_rows and not probing),
+    }
+
+
+def _gauge(claim: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where the measured ratio and its interval stand around the target, 0 to 100 from worse to better; or None."""
+    if not claim["measured"] or not claim["interval"] or min(claim["measured"], claim["target"]) <= 0:
+        return None
+    sign = 1 if claim["better"] == "higher" else -1
+
+    def place(value: float) -> float:
+        powers = math.log(value / claim["target"]) / math.log(GAUGE_FACTOR) if value > 0 else -1.0
+        return 50 + 50 * max(-1.0, min(1.0, sign * powers))
+
+    low, high = sorted(map(place, claim["interval"]))
+    simulated = kinds.of_metric(claim["metric"]) == "simulated"
+    return {"at": place(claim["measured"]), "low": low, "high": high, "simulated": simulated}
 
 
 def _rates(results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results]) -> dict[str, Any]:
@@ -147,34 +306,29 @@ def _at_once(ceilings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _bottlenecks(results: Results) -> dict[str, Any] | None:
     """Verdicts and what they rest on, or None where nothing was measured."""
-    found = bottlenecks.judged(results)
-    maps, left = bottlenecks.maps(results, found)
+    maps, left = bottlenecks.maps(results)
     slopes = contention.rows(results)
-    if not found and not slopes:
+    if not results.verdicts and not slopes:
         return None
-    rows = bottlenecks.rows(results, found)
     return {
-        "rows": rows,
+        "rows": bottlenecks.rows(results),
         "maps": maps,
         "left": left,
         "slopes": slopes,
         "contention": contention.figure(results),
-        "second_ranks": second_ranks.rows(results, found),
-        "over_ranks": bottlenecks.over_ranks(results),
+        "second_ranks": second_ranks.rows(results, results.verdicts),
         "cache_rule": bottlenecks.cache_rule(results),
-        "total": len(found),
+        "total": len(results.verdicts),
         "parts": TIMED,
     }
 
 
 def _scaling(results: Results) -> dict[str, Any] | None:
     """Speed-up and efficiency, or None where ranks do not vary."""
-    if results.whole.empty:
-        return None
-    scaled = scaling(results.undisturbed, results.by_point)
+    scaled = results.scaled
     if scaled.empty:
         return None
-    kinds = sorted(scaled["param_scaling"].unique()) if "param_scaling" in scaled else []
+    kinds_of_scaling = sorted(scaled["param_scaling"].unique()) if "param_scaling" in scaled else []
     groups, left = curves.scaling_curves(scaled)
     rows = tables.scaling_rows(results.axes, scaled)
-    return {"kinds": kinds, "groups": groups, "left": left, "rows": rows, "total": len(scaled)}
+    return {"kinds": kinds_of_scaling, "groups": groups, "left": left, "rows": rows, "total": len(scaled)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import numpy as np
 import pandas as pd
 
 from saih import store, workload
+from saih.analysis.bottleneck import Verdict, verdicts
 from saih.analysis.cells import RATES, axes_of, is_whole, job_steps, per_cell, per_point
 from saih.analysis.claims import evaluate_all
+from saih.analysis.scaling import scaling
 from saih.core import EXPERIMENTS, PHASES, Axis
 from saih.errors import SaihError
+from saih.report import kinds
 from saih.report.grid import words
 from saih.workload import Spec
 
@@ -36,7 +40,8 @@ class Results:
     points: pd.DataFrame
     samples: pd.DataFrame
     cells: pd.DataFrame
-    """`per_cell`, with peak memory of the largest rank and bytes read in a step by all ranks together."""
+    """`per_cell`, with peak memory of the largest rank, bytes read in a step by all ranks together, and `measured_as`:
+    whether a part of what was timed is simulated or emulated."""
     spec: Spec | None
     """None where the results come from a workload that is not installed here."""
     claims: list[dict[str, Any]]
@@ -45,7 +50,7 @@ class Results:
     ranks: pd.DataFrame
     """One row a rank of a measured point, as stored."""
 
-    @property
+    @cached_property
     def sweep(self) -> Mapping[str, Any]:
         return dict(self.points.attrs["sweep"])
 
@@ -53,30 +58,47 @@ class Results:
     def environments(self) -> list[dict[str, Any]]:
         return list(self.points.attrs["environments"])
 
-    @property
+    @cached_property
     def axes(self) -> tuple[Axis, ...]:
         return axes_of(self.sweep)
 
-    @property
+    @cached_property
     def problem_axes(self) -> tuple[Axis, ...]:
         """The axes along which the application or the machine differs, not what is done to it for diagnosis."""
         problem = tuple(axis for axis in self.axes if not set(axis.rungs[0].params) <= set(EXPERIMENTS))
         return problem or self.axes
 
-    @property
+    @cached_property
     def measured(self) -> pd.DataFrame:
         """The measured cells."""
         return self.cells[self.cells["status"] == "measured"]
 
-    @property
+    @cached_property
     def undisturbed(self) -> pd.DataFrame:
         """The cells, measured or not, in which no part of a step is taken out and no load put beside it."""
         return self.cells[is_whole(self.cells)]
 
-    @property
+    @cached_property
     def whole(self) -> pd.DataFrame:
         """The measured ones of them: what ranges, curves and speed-ups are made of."""
         return self.measured[is_whole(self.measured)]
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """What holds back each measured cell that is as users run it."""
+        if self.whole.empty:
+            return []
+        return verdicts(self.points, self.samples, self.ranks, self.by_point, self.cells, self.sweep)
+
+    @cached_property
+    def scaled(self) -> pd.DataFrame:
+        """`scaling` of the undisturbed cells; empty where ranks do not vary."""
+        return pd.DataFrame() if self.whole.empty else scaling(self.undisturbed, self.by_point)
+
+    @property
+    def system(self) -> str:
+        """What the front page calls the machine: its site's name."""
+        return str(self.sweep["site"]["name"])
 
     @property
     def title(self) -> str:
@@ -113,6 +135,7 @@ def read(path: Path) -> Results:
     cells = per_cell(points, steps, sweep)
     cells = cells.assign(**{name: np.nan for name in ("ranks", *STATISTICS) if name not in cells})
     cells = _with_resources(cells, points, steps, ranks)
+    cells = cells.assign(measured_as=kinds.of_cells(cells))
     return Results(path, points, samples, cells, spec, claims, measured, ranks)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from saih.analysis.cells import copy_rate, peaks
-from saih.report.curves import Group
+from saih.report.curves import Group, kind_of
 from saih.report.figures import MOST_LINES, Line, Panel, Scale
 from saih.report.grid import layout, spread
 from saih.report.results import Results
@@ -60,8 +60,8 @@ def _line(label: str, cells: pd.DataFrame) -> Line:
     rate, low, high = (
         cells["flop"] / cells[step] / cells["ranks"] / GIGA for step in ("step_s", "step_s_high", "step_s_low")
     )
-    x = cells["flop"] / cells["moved_bytes"]
-    return Line(label, *(values.astype(float).tolist() for values in (x, rate, low, high)))
+    x, y, *ends = (each.astype(float).tolist() for each in (cells["flop"] / cells["moved_bytes"], rate, low, high))
+    return Line(label, x, y, ends[0], ends[1], kind_of(cells))
 
 
 def _powers(low: float, high: float) -> list[tuple[float, str]]:

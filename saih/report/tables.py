@@ -226,6 +226,7 @@ def _cell_row(results: Results, cell: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "labels": _labels(results.axes, cell),
         "status": cell["status"],
+        "measured_as": cell["measured_as"],
         "kind": cell["kind"],
         "ranks": numbers.whole(cell["ranks"]),
         "repeats": numbers.whole(cell["repeats"]),
@@ -238,7 +239,7 @@ def _cell_row(results: Results, cell: Mapping[str, Any]) -> dict[str, Any]:
         "work": numbers.large(cell["work_per_s"]),
         "flop": numbers.si(cell["flop_per_s"]) if cell["flop"] > 0 else numbers.ABSENT,
         "bytes": numbers.si(cell["bytes_per_s"], "B/s"),
-        "copy": f"{numbers.three(cell['percent_of_copy'])} %" if math.isfinite(cell["percent_of_copy"]) else "",
+        "of_copy": f"{numbers.three(cell['percent_of_copy'])} %" if math.isfinite(cell["percent_of_copy"]) else "",
         "peak": numbers.three(cell["percent_of_peak"]),
         "sheet": numbers.three(cell["percent_of_datasheet"]),
         "memory": numbers.si(cell[results.memory], "B"),

@@ -12,7 +12,7 @@ from saih import workload
 from saih.analysis.cells import labels_of
 from saih.analysis.numbers import ABSENT, three
 from saih.core import TradeOff
-from saih.report.curves import Group, Series
+from saih.report.curves import Group, Series, kind_of
 from saih.report.figures import MOST_LINES, Ideals, Line, Panel, Scale
 from saih.report.grid import spread, words
 from saih.report.results import Results
@@ -126,7 +126,7 @@ def _panel(trade: TradeOff, cells: pd.DataFrame, column: str, what: str) -> Pane
 def _line(name: str, group: pd.DataFrame, column: str, trade: TradeOff) -> Line:
     group = group.sort_values(column)
     y = group[f"check_{trade.quality}"].tolist()
-    return Line(name, group[column].tolist(), y, y, y)
+    return Line(name, group[column].tolist(), y, y, y, kind_of(group))
 
 
 def _ticks(values: pd.Series) -> list[tuple[float, str]]:

@@ -16,7 +16,9 @@ import pandas as pd
 from saih.analysis import numbers
 from saih.analysis.trend import Model, Prediction, fit, shape
 from saih.core import Axis, is_sized
-from saih.report.grid import layout, words
+from saih.report.curves import Group, kind_of, scale_of
+from saih.report.figures import SERIES_COLOURS, Line, Panel
+from saih.report.grid import layout, spread, words
 from saih.report.results import Results
 from saih.report.tables import main_percentage
 
@@ -35,6 +37,8 @@ class Trend:
     """The same in a line: the largest error of all, and how many are inside their intervals."""
     extrapolated: list[dict[str, str]]
     """Cells that were asked for and not measured."""
+    group: Group | None
+    """What was measured and, as projection, what the model says of the rest; None where nothing is left."""
 
 
 def shapes(results: Results) -> list[dict[str, str]]:
@@ -68,8 +72,8 @@ def trends(results: Results) -> list[Trend]:
     sized = [axis for axis in (plan.across, plan.lines) if axis is not None and is_sized(axis) and len(axis.rungs) > 2]
     others = [axis for axis in results.problem_axes if axis not in sized]
     found = []
-    for labels, cells in _series(results.undisturbed, others):
-        told = _trend(words(labels), cells, sized, results) if sized else None
+    for number, (labels, cells) in enumerate(_series(results.undisturbed, others)):
+        told = _trend(number, words(labels), cells, sized, results) if sized else None
         found += [told] if told else []
     return found
 
@@ -99,15 +103,37 @@ def extra_p(results: Results) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _trend(caption: str, cells: pd.DataFrame, sized: list[Axis], results: Results) -> Trend | None:
+def _trend(number: int, caption: str, cells: pd.DataFrame, sized: list[Axis], results: Results) -> Trend | None:
     sizes, values, _ = _measurements(cells, sized, results)
     model = fit(sizes, values, [axis.name for axis in sized]) if len(values) else None
     if model is None:
         return None
-    left = cells[~cells["status"].isin(["measured"])].head(MOST_EXTRAPOLATED)
+    left = cells[cells["status"] != "measured"].head(MOST_EXTRAPOLATED)
     beyond = [_row(cell, sized, model) for _, cell in left.iterrows()]
+    panel = _panel(f"trend-{number}", cells, left, sized, model)
+    group = None if left.empty else Group(caption, [panel])
     rows, line = _held_out(cells, sized, results)
-    return Trend(caption, model.formula(), rows, line, beyond)
+    return Trend(caption, model.formula(), rows, line, beyond, group)
+
+
+def _panel(name: str, cells: pd.DataFrame, left: pd.DataFrame, sized: list[Axis], model: Model) -> Panel:
+    """Step time over the first axis: what was measured, and what is projected from it in the same colour."""
+    across, told = sized[0], []
+    size = f"size_{across.name}"
+    named = [(axis.name, rung.label) for axis in sized[1:] for rung in axis.rungs]
+    for place, (axis, rung) in enumerate(spread(named, SERIES_COLOURS) or [("", "")]):
+        mine = cells[cells[f"label_{axis}"] == rung] if axis else cells
+        mine, label = mine.sort_values(size), f"{axis} {rung}".strip()
+        seen, beyond = mine[mine["status"] == "measured"], mine[mine.index.isin(left.index)]
+        if len(seen):
+            step, low, high = (seen[name].tolist() for name in ("step_s", "step_s_low", "step_s_high"))
+            told.append(Line(label, seen[size].tolist(), step, low, high, kind_of(seen), place))
+        if len(beyond):
+            said = [_predict(cell, sized, model) for _, cell in beyond.iterrows()]
+            step, low, high = ([getattr(each, end) for each in said] for end in ("value", "low", "high"))
+            told.append(Line(label, beyond[size].tolist(), step, low, high, "projected", place))
+    title = f"Step time over {across.name}, measured and projected"
+    return Panel(name, title, f"{title}.", told, scale_of(across), "step time (s)", logarithmic=True)
 
 
 def _held_out(cells: pd.DataFrame, sized: list[Axis], results: Results) -> tuple[list[dict[str, str]], str]:
