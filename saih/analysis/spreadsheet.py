@@ -21,7 +21,8 @@ def tsv(frame: pd.DataFrame) -> str:
 
 def guarded(frame: pd.DataFrame) -> pd.DataFrame:
     """The same table, its text and its column names made harmless. Numbers stay numbers."""
-    return frame.map(_harmless).rename(columns=_harmless)
+    text = [name for name, kind in frame.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
+    return frame.assign(**{str(name): frame[name].map(_harmless) for name in text}).rename(columns=_harmless)
 
 
 def _harmless(value: object) -> object:
