@@ -27,7 +27,7 @@ GATE_TEMPERATURE = 0.1
 
 
 def side_spec(spec: ModelSpec, reduction: int) -> ModelSpec:
-    """The ladder's layers: those of the backbone with every width over `reduction`. Raises SaihError if one is not whole.
+    """The ladder's layers: the backbone's with every width over `reduction`. Raises SaihError if one is not whole.
 
     Widths are hidden, MLP, and that of a head; the heads are as many.
     """
@@ -36,7 +36,8 @@ def side_spec(spec: ModelSpec, reduction: int) -> ModelSpec:
         if width % reduction or (name == "head_dim" and spec.rope_theta and width // reduction % 2):
             kind = "an even" if name == "head_dim" and spec.rope_theta else "a whole"
             raise SaihError(f"reduction={reduction} does not cut {name}={width} into {kind} width")
-    return replace(spec, **{name: width // reduction for name, width in widths.items()})
+    hidden, head_dim, ffn = (width // reduction for width in widths.values())
+    return replace(spec, hidden=hidden, head_dim=head_dim, ffn=ffn)
 
 
 def linear(inputs: int, outputs: int, made: Make) -> ColumnLinear:
@@ -115,7 +116,7 @@ class Ladder(nn.Module):
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Matrices uniform within 1/sqrt(inputs), norms 1, biases 0: what an element gets depends on seed, name and place."""
+    """Matrices uniform within 1/sqrt(inputs), norms 1, biases 0: an element depends on seed, name and place alone."""
     random_init(_Pieces(module), seed, std=3**-0.5)
     with torch.no_grad():
         for parameter in module.parameters():

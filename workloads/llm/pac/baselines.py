@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -46,9 +48,8 @@ class Adapted(nn.Module):
 
 def add_lora(layers: nn.ModuleDict, rank: int, alpha: float, made: Make, seed: int) -> dict[str, nn.Parameter]:
     """LoRA on q, k and v of every block; what trains, by its name."""
-    trained = {}
-    for number, block in layers.items():
-        assert isinstance(block, Block)
+    trained: dict[str, nn.Parameter] = {}
+    for number, block in cast("list[tuple[str, Block]]", list(layers.items())):
         lora = LoraLinear(block.attn.qkv, rank, alpha, made)
         block.attn.qkv = lora  # type: ignore[assignment]
         trained |= _started(f"layers.{number}.attn.qkv", lora, seed, ("b.",))
@@ -57,13 +58,13 @@ def add_lora(layers: nn.ModuleDict, rank: int, alpha: float, made: Make, seed: i
 
 def add_adapters(layers: nn.ModuleDict, bottleneck: int, made: Make, seed: int) -> dict[str, nn.Parameter]:
     """A bottleneck adapter behind attention and behind the MLP of every block; what trains, by its name."""
-    trained = {}
-    for number, block in layers.items():
-        assert isinstance(block, Block)
-        for owner, leaf in ((block.attn, "out"), (block.mlp, "down")):
+    trained: dict[str, nn.Parameter] = {}
+    for number, block in cast("list[tuple[str, Block]]", list(layers.items())):
+        for name, leaf in (("attn", "out"), ("mlp", "down")):
+            owner = getattr(block, name)
             adapted = Adapted(getattr(owner, leaf), bottleneck, made)
             setattr(owner, leaf, adapted)
-            path = f"layers.{number}.{'attn' if owner is block.attn else 'mlp'}.{leaf}"
+            path = f"layers.{number}.{name}.{leaf}"
             trained |= _started(path, adapted, seed, ("up.",))
     return trained
 

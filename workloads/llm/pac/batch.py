@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saih.errors import SaihError
 from workloads.llm.attention import AttnMeta
 
 
@@ -56,8 +57,17 @@ class DataSet:
         return Batch(tuple(samples), tuple(len(self.ids[sample]) for sample in samples), ids_T, labels_B)
 
 
-def epoch_order(samples: Sequence[int], batch: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
-    """The mini-batches of an epoch: all samples in an order that seed and epoch decide. The last may be smaller."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    order = [samples[place] for place in torch.randperm(len(samples), generator=generator).tolist()]
-    return [tuple(order[begin : begin + batch]) for begin in range(0, len(order), batch)]
+def epoch_batches(
+    samples: Sequence[int], batch: int, seed: int, epoch: int, rank: int = 0, world: int = 1
+) -> list[tuple[int, ...]]:
+    """This rank's part of each mini-batch of an epoch. The last mini-batch may be smaller.
+
+    A rank keeps every world-th sample, whose activations it has, and takes them in an order of its own for each epoch.
+    Raises SaihError if ranks would have different numbers of samples.
+    """
+    if len(samples) % world or batch % world:
+        raise SaihError(f"{len(samples)} samples and batches of {batch} cannot be shared evenly by {world} ranks")
+    mine, size = samples[rank::world], batch // world
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 1_009 + rank)
+    order = [mine[place] for place in torch.randperm(len(mine), generator=generator).tolist()]
+    return [tuple(order[begin : begin + size]) for begin in range(0, len(order), size)]

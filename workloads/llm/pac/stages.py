@@ -61,9 +61,9 @@ def make(settings: Settings, layers: range | None = None) -> SideTuned | Tuned:
     return SideTuned(settings, layers) if settings.parallel_adapters else Tuned(settings, layers)
 
 
-def make_backbone(settings: Settings, layers: range) -> Stage:
-    """Its weights read, or random; without a language-modelling head if there are classes."""
-    stage = Stage(settings.spec, layers=layers, device=settings.device, head=settings.classes == 0)
+def make_backbone(settings: Settings, layers: range, head: bool = True) -> Stage:
+    """Its weights read, or random; a language-modelling head only if there are no classes."""
+    stage = Stage(settings.spec, layers=layers, device=settings.device, head=head and settings.classes == 0)
     if settings.checkpoint:
         loader.load(stage, settings.checkpoint)
     else:
@@ -91,7 +91,7 @@ class Classifier(nn.Module):
         return logits_BC
 
 
-class _Tail:
+class Tail:
     """What the last stage does with the rows: logits and loss."""
 
     def __init__(self, settings: Settings, backbone: Stage) -> None:
@@ -122,34 +122,36 @@ class SideTuned(nn.Module):
     def __init__(self, settings: Settings, layers: range) -> None:
         super().__init__()
         self.settings, self.layers = settings, layers
-        self.backbone: Stage | None = make_backbone(settings, layers).requires_grad_(False).eval()
+        self.backbone: Stage | None = make_backbone(settings, layers, head=False).requires_grad_(False)
+        """None once a cache has what it puts out."""
         made = Make(torch.device(settings.device), torch.float32)
         self.ladder = Ladder(settings.spec, layers, settings.reduction, settings.gated, made, settings.seed)
         self.first, self.last = layers.start == 0, layers.stop == settings.spec.layers
-        self.tail = _Tail(settings, self.backbone) if self.last else None
+        if self.last:  # of its own: it stays when the backbone goes
+            behind = range(layers.stop, layers.stop)
+            self.tail = Tail(settings, make_backbone(settings, behind).requires_grad_(False))
         self.record = False
         self.taps: list[Tensor] = []
 
     def start(self, ids_T: Tensor, meta: AttnMeta) -> Flow:
         """Embeddings e, which are the first tap, and a_0."""
         with torch.no_grad():
-            e_TD = self._backbone().embed(ids_T, meta)
+            e_TD = cast(Stage, self.backbone).embed(ids_T, meta)
         if self.record:
             self.taps.append(e_TD)
         return Flow(e_TD, self.ladder.start(e_TD))
 
     def forward(self, flow: Flow, meta: AttnMeta) -> Flow:
         """Through my layers of the backbone, without a graph, then up the ladder."""
-        assert flow.a_TS is not None
         taps = self.backbone_rows(flow.h_TD, meta)
         if self.record:
             self.taps += taps
-        return Flow(taps[-1], self.ladder.climb(flow.a_TS, taps, meta))
+        return Flow(taps[-1], self.ladder.climb(cast(Tensor, flow.a_TS), taps, meta))
 
     @torch.no_grad()
     def backbone_rows(self, h_TD: Tensor, meta: AttnMeta) -> list[Tensor]:
         """What each of my layers puts out, [T, D]."""
-        backbone, taps = self._backbone(), []
+        backbone, taps = cast(Stage, self.backbone), []
         by = backbone.rotation(meta)
         for block in backbone.layers.values():
             h_TD = block(h_TD, meta, by)
@@ -162,15 +164,11 @@ class SideTuned(nn.Module):
 
     def logits(self, flow: Flow, meta: AttnMeta) -> Tensor:
         """Of the last stage: [B, C], or [T, V] of a language model."""
-        assert self.tail is not None
-        assert flow.a_TS is not None
-        return self.tail.logits(self.ladder.merge(flow.h_TD, flow.a_TS), meta)
+        return self.tail.logits(self.ladder.merge(flow.h_TD, cast(Tensor, flow.a_TS)), meta)
 
     def loss(self, flow: Flow, batch: Batch, meta: AttnMeta) -> Tensor:
         """Of the last stage; a sum over sequences."""
-        assert self.tail is not None
-        assert flow.a_TS is not None
-        return self.tail.loss(self.ladder.merge(flow.h_TD, flow.a_TS), batch, meta)
+        return self.tail.loss(self.ladder.merge(flow.h_TD, cast(Tensor, flow.a_TS)), batch, meta)
 
     def take_taps(self) -> list[Tensor]:
         """What was recorded since the last call: [e,] h_i of my layers for each forward."""
@@ -180,19 +178,7 @@ class SideTuned(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """What trains, by the name it has in the whole model."""
         found = {f"ladder.{name}": parameter for name, parameter in self.ladder.named_parameters()}
-        return found | (self.tail.trained() if self.tail is not None else {})
-
-    def free_backbone(self) -> None:
-        """Let go of everything frozen that the cache stands for; norm and head behind the last layer stay."""
-        backbone = self._backbone()
-        backbone.layers.clear()
-        for name in ("tokens", "positions", "segments", "embed_norm"):
-            if hasattr(backbone, name) and not (name == "tokens" and self.settings.classes == 0):
-                delattr(backbone, name)
-
-    def _backbone(self) -> Stage:
-        assert self.backbone is not None
-        return self.backbone
+        return found | (self.tail.trained() if self.last else {})
 
 
 class Tuned(nn.Module):
@@ -205,7 +191,8 @@ class Tuned(nn.Module):
         self.settings, self.layers = settings, layers
         self.backbone = make_backbone(settings, layers)
         self.first, self.last = layers.start == 0, layers.stop == settings.spec.layers
-        self.tail = _Tail(settings, self.backbone) if self.last else None
+        if self.last:
+            self.tail = Tail(settings, self.backbone)
         self.checkpointed = settings.variant.endswith("-ckpt")
         made = Make(torch.device(settings.device), torch.float32)
         blocks, seed = self.backbone.layers, settings.seed
@@ -233,15 +220,13 @@ class Tuned(nn.Module):
 
     def logits(self, flow: Flow, meta: AttnMeta) -> Tensor:
         """Of the last stage: [B, C], or [T, V] of a language model."""
-        assert self.tail is not None
         return self.tail.logits(flow.h_TD, meta)
 
     def loss(self, flow: Flow, batch: Batch, meta: AttnMeta) -> Tensor:
         """Of the last stage; a sum over sequences."""
-        assert self.tail is not None
         return self.tail.loss(flow.h_TD, batch, meta)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What trains, by the name it has in the whole model."""
         found = {f"backbone.{name}": parameter for name, parameter in self.inside.items()}
-        return found | (self.tail.trained() if self.tail is not None else {})
+        return found | (self.tail.trained() if self.last else {})
