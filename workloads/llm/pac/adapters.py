@@ -10,34 +10,19 @@ T rows of all sequences, D hidden width of the backbone, S = D / reduction width
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from saih.errors import SaihError
 from workloads.llm.attention import AttnMeta, backend
 from workloads.llm.blocks import Block, Norm, Rotation, rotation
 from workloads.llm.config import ModelSpec
 from workloads.llm.loader import random_init
+from workloads.llm.pac.widths import side_spec
 from workloads.llm.shard import ColumnLinear, Cut, Make, Mesh, Piece, pieces
 
 GATE_TEMPERATURE = 0.1
 """Of learnable gates, as Ladder Side-Tuning has it."""
-
-
-def side_spec(spec: ModelSpec, reduction: int) -> ModelSpec:
-    """The ladder's layers: the backbone's with every width over `reduction`. Raises SaihError if one is not whole.
-
-    Widths are hidden, MLP, and that of a head; the heads are as many.
-    """
-    widths = {"hidden": spec.hidden, "head_dim": spec.head_dim, "ffn": spec.ffn}
-    for name, width in widths.items():
-        if width % reduction or (name == "head_dim" and spec.rope_theta and width // reduction % 2):
-            kind = "an even" if name == "head_dim" and spec.rope_theta else "a whole"
-            raise SaihError(f"reduction={reduction} does not cut {name}={width} into {kind} width")
-    hidden, head_dim, ffn = (width // reduction for width in widths.values())
-    return replace(spec, hidden=hidden, head_dim=head_dim, ffn=ffn)
 
 
 def linear(inputs: int, outputs: int, made: Make) -> ColumnLinear:

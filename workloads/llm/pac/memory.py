@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -35,29 +37,40 @@ class Saved:
         return tensor
 
 
-def peak_growth_bytes(run: Callable[[], object], device: str) -> float:
-    """How far memory rises above where it stands, at the most, while `run` runs; NaN where nobody tells.
-
-    On a GPU of what torch allocates; on a CPU of what is resident, which also has what the allocator does not return.
-    """
+def release() -> None:
+    """Give freed memory back to the system, so that what is resident is what is used."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes(device: str) -> float:
+    """On a GPU what torch has allocated, on a CPU what is resident; NaN where nobody tells."""
     if device.startswith("cuda"):
-        allocated = torch.cuda.memory_allocated(device)
+        return float(torch.cuda.memory_allocated(device))
+    return _resident("VmRSS")
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> float:
+    """The most of `resident_bytes` while `run` runs."""
+    if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         run()
         torch.cuda.synchronize(device)
-        return float(torch.cuda.max_memory_allocated(device) - allocated)
+        return float(torch.cuda.max_memory_allocated(device))
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return float("nan")
-    before = _resident("VmRSS")
+        return math.nan
     run()
-    return _resident("VmHWM") - before
+    return _resident("VmHWM")
 
 
 def _resident(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return float(line.split()[1]) * 1024
-    return float("nan")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return float(line.split()[1]) * 1024
+    return math.nan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from saih.core import Clock
+from saih.timing import Unclocked
+from workloads.llm.attention import AttnMeta
 from workloads.llm.model import Stage
 from workloads.llm.pac.batch import Batch, DataSet, epoch_batches
 from workloads.llm.pac.cache import ActivationCache
@@ -117,12 +120,20 @@ class FineTuning:
         losses = []
         for batch, taps in self._inputs(batches, clock):
             clock.enter("compute")
-            losses.append(self._step(batch, taps, clock))
+            loss = self._loss(batch, taps, clock)
+            loss.backward()
+            losses.append(self.optimizer.step(loss, clock))
         if self.cache is not None and not self.cache.complete:
             clock.enter("input")
             self.cache.finish()
         self.epochs += 1
         return losses
+
+    def loss(self, watched: AbstractContextManager[None]) -> Tensor:
+        """Of the first mini-batch of the next epoch, its graph made under `watched` and still alive."""
+        batch, taps = next(iter(self._inputs(self._batches()[:1], Unclocked())))
+        with watched:
+            return self._loss(batch, taps, Unclocked())
 
     @torch.no_grad()
     def accuracy(self, samples: Sequence[int]) -> float:
@@ -167,17 +178,16 @@ class FineTuning:
             clock.enter("input")
             yield batch, next(stored)
 
-    def _step(self, batch: Batch, taps: list[Tensor] | None, clock: Clock) -> float:
+    def _loss(self, batch: Batch, taps: list[Tensor] | None, clock: Clock) -> Tensor:
+        """This rank's part of the mean over the mini-batch."""
         meta = batch.meta(self.stage.settings.spec.causal)
-        flow = (
-            self._through_the_model(batch, clock) if taps is None else cast(SideTuned, self.stage).from_taps(taps, meta)
-        )
-        loss = self.stage.loss(flow, batch, meta) / (len(batch) * self.recipe.world)
-        loss.backward()
-        return self.optimizer.step(loss, clock)
+        if taps is None:
+            flow = self._through_the_model(batch, meta, clock)
+        else:
+            flow = cast(SideTuned, self.stage).from_taps(taps, meta)
+        return self.stage.loss(flow, batch, meta) / (len(batch) * self.recipe.world)
 
-    def _through_the_model(self, batch: Batch, clock: Clock) -> Flow:
-        meta = batch.meta(self.stage.settings.spec.causal)
+    def _through_the_model(self, batch: Batch, meta: AttnMeta, clock: Clock) -> Flow:
         if self.cache is None:
             return cast(Flow, self.stage(self.stage.start(batch.ids_T, meta), meta))
         stage = cast(SideTuned, self.stage)
