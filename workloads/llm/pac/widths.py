@@ -17,7 +17,6 @@ def side_spec(spec: ModelSpec, reduction: int) -> ModelSpec:
     for name, width in widths.items():
         in_pairs = name == "head_dim" and spec.rope_theta > 0
         if width % reduction or (in_pairs and width // reduction % 2):
-            part = "an even part" if in_pairs else "a whole part"
-            raise SaihError(f"reduction={reduction}: {name}={width} has no {part} of that size")
+            raise SaihError(f"reduction={reduction} does not divide {name}={width}{' into pairs' if in_pairs else ''}")
     hidden, head_dim, ffn = (width // reduction for width in widths.values())
     return replace(spec, hidden=hidden, head_dim=head_dim, ffn=ffn)
