@@ -21,6 +21,8 @@ from workloads.llm.loader import random_init
 from workloads.llm.pac.widths import side_spec
 from workloads.llm.shard import ColumnLinear, Cut, Make, Mesh, Piece, pieces
 
+ATTENTION = "even"
+"""The kernel of every layer, of the backbone and beside it."""
 GATE_TEMPERATURE = 0.1
 """Of learnable gates, as Ladder Side-Tuning has it."""
 
@@ -36,7 +38,7 @@ class SideLayer(nn.Module):
     def __init__(self, spec: ModelSpec, side: ModelSpec, gated: bool, made: Make) -> None:
         super().__init__()
         self.down = linear(spec.hidden, side.hidden, made)
-        self.block = Block(side, Mesh(), backend("auto", made.device, made.dtype), made)
+        self.block = Block(side, Mesh(), backend(ATTENTION, made.device, made.dtype), made)
         self.gate = made.parameter(1, 1) if gated else None
 
     def forward(self, a_TS: Tensor, h_TD: Tensor, meta: AttnMeta, by: Rotation | None) -> Tensor:

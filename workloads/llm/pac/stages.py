@@ -19,7 +19,7 @@ from workloads.llm.attention import AttnMeta
 from workloads.llm.config import ModelSpec
 from workloads.llm.model import Stage
 from workloads.llm.pac import baselines
-from workloads.llm.pac.adapters import Ladder, initialise
+from workloads.llm.pac.adapters import ATTENTION, Ladder, initialise
 from workloads.llm.pac.batch import Batch
 from workloads.llm.shard import ColumnLinear, Cut, Make, Mesh
 
@@ -63,7 +63,8 @@ def make(settings: Settings, layers: range | None = None) -> SideTuned | Tuned:
 
 def make_backbone(settings: Settings, layers: range, head: bool = True) -> Stage:
     """Its weights read, or random; a language-modelling head only if there are no classes."""
-    stage = Stage(settings.spec, layers=layers, device=settings.device, head=head and settings.classes == 0)
+    headed = head and settings.classes == 0
+    stage = Stage(settings.spec, layers=layers, attention=ATTENTION, device=settings.device, head=headed)
     if settings.checkpoint:
         loader.load(stage, settings.checkpoint)
     else:

@@ -38,7 +38,7 @@ class Optimizer:
     def __init__(self, trained: dict[str, nn.Parameter], learning_rate: float, world: int = 1) -> None:
         self.trained, self.world = trained, world
         self.start: dict[str, Tensor] = {}
-        self.adam = torch.optim.AdamW(trained.values(), lr=learning_rate, foreach=True)
+        self.adam = torch.optim.AdamW(trained.values(), lr=learning_rate, fused=True)
 
     def remember_start(self) -> None:
         """What trains, as it is now: where `reset` goes back to. Takes as much memory again."""
