@@ -109,7 +109,7 @@ class Epochs:
             numbers["first_logit_difference"] = self._first_logit_difference()
             numbers["gradient_difference"] = self._gradient_difference()
         if self.tuning.cache is not None:
-            numbers["loss_difference"] = self._loss_difference()
+            numbers |= self._losses_compared()
             if self.params["span"] == "whole" and self.recipe.world == 1:
                 numbers |= self._epochs_to_paper()
         if self.params["tests"]:
@@ -204,8 +204,8 @@ class Epochs:
         inside = torch.autograd.grad(stage.loss(stage.from_taps(taps, meta), batch, meta), trained)
         return max(float((a - b).abs().max()) for a, b in zip(apart, inside, strict=True))
 
-    def _loss_difference(self) -> float:
-        """The largest between losses from the cache and through the backbone; the second epoch mixes other batches."""
+    def _losses_compared(self) -> dict[str, float]:
+        """Losses from the cache with those through the backbone; the second epoch mixes other batches."""
         cached = self._tuning(self.settings, self._few(), "check")
         cast(ActivationCache, cached.cache).clear()
         plain = self._tuning(replace(self.settings, variant="pa"), self._few())
@@ -217,7 +217,7 @@ class Epochs:
             for a, b in zip(cached.epoch(Unclocked()), plain.epoch(Unclocked()), strict=True)
         ]
         cast(ActivationCache, cached.cache).clear()
-        return max(pairs)
+        return {"loss_difference": max(pairs), "same_losses": pairs.count(0.0) / len(pairs)}
 
     def _memory_numbers(self) -> dict[str, float]:
         """Of a fine-tuning of its own: what it trains, what a mini-batch keeps, what it all takes at the most.
