@@ -44,9 +44,10 @@ def cache_of(stage: SideTuned, sequences: DataSet, precision: str = "fp32") -> A
     return ActivationCache(MemoryTier(), {n: len(ids) for n, ids in enumerate(sequences.ids)}, precision)
 
 
-def tuning(stage: SideTuned | Tuned, sequences: DataSet, cached: bool = False, **recipe: Any) -> FineTuning:
+def tuning(stage: SideTuned | Tuned, sequences: DataSet, cached: bool = False) -> FineTuning:
     cache = cache_of(cast(SideTuned, stage), sequences) if cached else None
-    return FineTuning(stage, sequences, range(len(sequences)), Recipe(4, RATE.get(stage.settings.variant, 1e-2), 0, **recipe), cache)
+    recipe = Recipe(4, RATE.get(stage.settings.variant, 1e-2), 0)
+    return FineTuning(stage, sequences, range(len(sequences)), recipe, cache)
 
 
 def through(stage: SideTuned | Tuned, sequences: DataSet) -> tuple[Flow, Any, Any]:
