@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
+import signal
+import sys
 import zlib
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from saih.errors import SaihError
+from saih.timing import Unclocked
 from workloads.llm.config import preset
-from workloads.llm.pac.batch import Batch
+from workloads.llm.pac.batch import Batch, epoch_batches
+from workloads.llm.pac.cache import open_cache
+from workloads.llm.pac.collaborate import Collaboration
 from workloads.llm.pac.pipeline import Pipeline
 from workloads.llm.pac.planner import Latency, Plan, Stage
+from workloads.llm.pac.redistribute import Shelf, redistribute, share_weights
 from workloads.llm.pac.stages import Settings, make
+from workloads.llm.pac.tasks import synthetic
+from workloads.llm.pac.training import Optimizer, Recipe
 
 SPEC = preset("bert-tiny")
 CLASSES = 3
@@ -110,3 +121,127 @@ def grid(rank: int, folder: str) -> None:
             pipeline.close()
     (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+
+
+# -- Epochs ------------------------------------------------------------------------------------------------------------
+
+EPOCHS, SAMPLES = 3, range(10, 34)
+DATA = synthetic(40, 9, 0.75, SPEC.vocab, CLASSES, seed=2)
+
+
+def recipe_of(rank: int, world: int) -> Recipe:
+    return Recipe(batch=8, learning_rate=1e-2, seed=4, rank=rank, world=world)
+
+
+def joined(epoch: int, world: int) -> list[Batch]:
+    """The mini-batches of all ranks."""
+    parts = [epoch_batches(SAMPLES, 8, 4, epoch, rank, world) for rank in range(world)]
+    return [DATA.batch(tuple(chain(*each))) for each in zip(*parts, strict=True)]
+
+
+def epochs_of_one_process(world: int) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of all mini-batches, through the backbone every time, and what was trained."""
+    stage, losses = make(settings_of("pa-cache")), []
+    optimizer = Optimizer(stage.trained(), 1e-2)
+    for batch in chain(*(joined(epoch, world) for epoch in range(EPOCHS))):
+        meta = batch.meta(SPEC.causal)
+        loss = stage.loss(stage(stage.start(batch.ids_T, meta), meta), batch, meta) / len(batch)
+        loss.backward()
+        losses.append(optimizer.step(loss, Unclocked()))
+    return losses, optimizer.state()["trained"]
+
+
+def collaboration(rank: int, world: int, plan: Plan, folder: Path | None) -> Collaboration:
+    mine = SAMPLES[rank::world]
+    lens = {sample: len(DATA.ids[sample]) for sample in mine}
+    path = folder / f"cache{rank}.h5" if folder else None
+    cache = open_cache(path, "of this model", lens, SPEC.layers + 1, SPEC.hidden, "fp32", "cpu")
+    recipe = recipe_of(rank, world)
+    return Collaboration(settings_of("pa-cache"), DATA, SAMPLES, recipe, plan, cache, micro_batches=2, folder=folder)
+
+
+def epochs(rank: int, folder: str) -> None:
+    """All epochs on four ranks, twice: losses and weights against one process; what the second time gives."""
+    join(rank, folder, 4)
+    both = collaboration(rank, 4, PLANS["unequal"], None)
+    wanted, weights = epochs_of_one_process(4)
+    found = []
+    for _ in range(2):
+        losses = [loss for _ in range(EPOCHS) for loss in both.epoch(Unclocked())]
+        assert both.later is not None
+        trained = both.later.optimizer.trained
+        assert trained.keys() == weights.keys()
+        far = max(float((trained[n].detach() - weights[n]).abs().max()) for n in weights if "qkv.bias" not in n)
+        found.append([losses, max(abs(a - b) for a, b in zip(losses, wanted, strict=True)), far])
+        assert both.exchange is not None
+        sent = both.exchange.sent_bytes
+        both.reset()
+    both.close()
+    (Path(folder) / f"found{rank}.json").write_text(json.dumps([*found, sent]))
+    dist.destroy_process_group()
+
+
+def killed(rank: int, folder: str, who: int, at_epoch: int, at_step: int) -> None:
+    """All epochs on two ranks, from what the folder has; in this mini-batch of this epoch rank `who` dies."""
+    join(rank, folder, 2)
+    both = collaboration(rank, 2, plan_of((2, {0: 4}), (2, {1: 4})), Path(folder))
+    began, losses = both.epochs, list[float]()
+    try:
+        while both.epochs < EPOCHS:
+            if (rank, both.epochs) == (who, at_epoch):
+                dies(at_step)
+            losses += both.epoch(Unclocked())
+    except SaihError as error:
+        (Path(folder) / f"told{rank}.json").write_text(json.dumps(str(error)))
+        sys.stdout.flush()
+        os._exit(3)  # threads may wait for the one that is gone
+    if both.later is not None:
+        torch.save(dict(both.later.optimizer.state()["trained"]), Path(folder) / f"weights{rank}.pt")
+    (Path(folder) / f"losses{rank}.json").write_text(json.dumps([began, losses]))
+    both.close()
+    dist.destroy_process_group()
+
+
+def dies(step: int) -> None:
+    """This process at its next optimiser step but `step`."""
+    whole, steps = torch.optim.AdamW.step, count()
+
+    def fatal(*args: Any, **kwargs: Any) -> Any:
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args, **kwargs)
+
+    torch.optim.AdamW.step = fatal  # type: ignore[method-assign]
+
+
+def exchange(rank: int, folder: str) -> None:
+    """Known numbers on shelves of three stages, the last of two ranks: what arrives, bit for bit, and what was sent."""
+    join(rank, folder, 4)
+    layers = (range(1), range(1, 3), range(3, 4), range(3, 4))[rank]
+    shelf, arrived = Shelf(layers), dict[int, list[Tensor]]()
+    for sample in SAMPLES:
+        if rank < 2 or sample % 2 == rank % 2:
+            batch = DATA.batch([sample])
+            points = range(layers.start + 1 if layers.start else 0, layers.stop + 1)
+            shelf.put(batch, [numbers(sample, point) for point in points])
+    done = redistribute(shelf, owner, SAMPLES, SPEC.layers + 1, SPEC.hidden, arrived.__setitem__)
+    assert sorted(arrived) == [sample for sample in SAMPLES if owner(sample) == rank]
+    for sample, points_found in arrived.items():
+        for point, rows_TD in enumerate(points_found):
+            assert torch.equal(rows_TD, numbers(sample, point)), (sample, point)
+    assert not shelf.held
+    everything = {name: torch.zeros(2, 3) for name in ("x", "y", "z")}
+    mine = {"x": torch.full((2, 3), rank + 0.1), "yz"[rank % 2]: torch.full((2, 3), rank + 0.2)}
+    shared = share_weights(mine, everything)
+    values = {name: float(each[1, 2]) for name, each in everything.items()}
+    (Path(folder) / f"found{rank}.json").write_text(json.dumps([done.sent_bytes, shared, values]))
+    dist.destroy_process_group()
+
+
+def owner(sample: int) -> int:
+    return sample % 3  # rank 3 gets nothing
+
+
+def numbers(sample: int, point: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * sample + point)
+    return torch.randn((len(DATA.ids[sample]), SPEC.hidden), generator=generator)

@@ -75,3 +75,60 @@ def test_slices_of_a_smaller_micro_batch_cover_it(samples: int) -> None:
     found = list(slices_of(planner.Stage(range(1), (2, 0, 1), (3, 0, 1)), samples).values())
     assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
     assert found[-1][1] == samples
+
+
+# -- Epochs ------------------------------------------------------------------------------------------------------------
+
+
+def test_epochs_on_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+    """Losses of every mini-batch and the weights at the end; a second run after `reset` gives the same bits.
+
+    Attention does not depend on the bias of keys: its gradient is rounding alone, which AdamW makes large.
+    """
+    assert run_ranks(ranks.epochs, 4, tmp_path) == [0] * 4
+    found = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(4)]
+    for first, second, _ in found:
+        assert first[1] < 1e-6
+        assert first[2] < 1e-5
+        assert second == first
+    assert all(first == found[0][0] for first, _, _ in found)
+
+
+def test_activations_arrive_bit_for_bit_and_weights_everywhere(tmp_path: Path) -> None:
+    assert run_ranks(ranks.exchange, 4, tmp_path) == [0] * 4
+    found = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(4)]
+    points, odd = [2, 2, 1, 1], {2: 0, 3: 1}
+    for rank, (sent, shared, values) in enumerate(found):
+        held = [sample for sample in ranks.SAMPLES if odd.get(rank, sample % 2) == sample % 2]
+        tokens = sum(len(ranks.DATA.ids[sample]) for sample in held if ranks.owner(sample) != rank)
+        assert sent == 4 * ranks.SPEC.hidden * points[rank] * tokens
+        assert values == pytest.approx({"x": 0.1, "y": 0.2, "z": 1.2})
+        assert shared == [2, 1, 0, 0][rank] * 6 * 4
+
+
+@pytest.mark.parametrize(("who", "epoch", "step"), [(1, 0, 1), (0, 0, 2), (0, 1, 1), (1, 2, 0)])
+def test_a_run_that_lost_a_rank_says_so_and_goes_on(tmp_path: Path, who: int, epoch: int, step: int) -> None:
+    """Phase 1 starts over; phase 2 goes on behind the last epoch; the weights are those of a run that lost nobody."""
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "whole").mkdir()
+    codes = run_ranks(ranks.killed, 2, tmp_path / "lost", who, epoch, step)
+    assert codes[who] == -9
+    assert codes[1 - who] == 3
+    told = json.loads((tmp_path / "lost" / f"told{1 - who}.json").read_text())
+    kept = f"{epoch} finished epochs and the activations cached for them are kept"
+    assert told == f"rank {who} was lost in epoch {epoch + 1}; {kept}"
+    (tmp_path / "lost" / "meet").unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "lost").glob("cache*.h5")}
+    assert len(stamps) == (2 if epoch else 0)
+    assert run_ranks(ranks.killed, 2, tmp_path / "lost", 9, 0, 0) == [0, 0]
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    assert run_ranks(ranks.killed, 2, tmp_path / "whole", 9, 0, 0) == [0, 0]
+    for rank in range(2):
+        began, losses = json.loads((tmp_path / "lost" / f"losses{rank}.json").read_text())
+        _, wanted = json.loads((tmp_path / "whole" / f"losses{rank}.json").read_text())
+        assert began == epoch
+        assert losses == wanted[-len(losses) :]
+        after = torch.load(tmp_path / "lost" / f"weights{rank}.pt", weights_only=True)
+        undisturbed = torch.load(tmp_path / "whole" / f"weights{rank}.pt", weights_only=True)
+        assert after.keys() == undisturbed.keys()
+        assert all(torch.equal(after[name], undisturbed[name]) for name in after)

@@ -9,49 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from saih.errors import SaihError
-from workloads.llm.pac.batch import Batch, epoch_order
+from workloads.llm.pac.batch import Batch
 from workloads.llm.pac.channel import EmulatedPort
 
 SAMPLES_AT_ONCE = 64
 """In one exchange: what is under way beside the cache stays small."""
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Which rank has which samples when all work on their own: of each mini-batch, rank r takes `shares[r]`."""
-
-    samples: int
-    shares: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or not sum(self.shares):
-            raise SaihError("shards need at least one sample, and a rank that takes one of each mini-batch")
-
-    def owner(self, sample: int) -> int:
-        """The rank that has this sample."""
-        place = sample % sum(self.shares)
-        return next(rank for rank, end in enumerate(accumulate(self.shares)) if place < end)
-
-    def of(self, rank: int) -> list[int]:
-        return [sample for sample in range(self.samples) if self.owner(sample) == rank]
-
-    def order(self, seed: int, epoch: int) -> list[tuple[tuple[int, ...], ...]]:
-        """The mini-batches of an epoch as what each rank takes of them, in an order that seed and epoch decide.
-
-        The joined mini-batches are the same for whoever trains on them; only the last may be smaller.
-        """
-        shuffled = [
-            epoch_order(self.of(rank), share, seed, epoch) if share else [] for rank, share in enumerate(self.shares)
-        ]
-        steps = max(map(len, shuffled))
-        return [tuple(own[step] if step < len(own) else () for own in shuffled) for step in range(steps)]
 
 
 class Shelf:
