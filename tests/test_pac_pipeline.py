@@ -16,10 +16,16 @@ from workloads.llm.pac import planner
 from workloads.llm.pac.pipeline import slices_of
 from workloads.llm.pac.stages import make
 
+NOBODY = -1
+
 
 def run_ranks(target: Callable[..., None], count: int, folder: Path, *args: object) -> list[int | None]:
-    """Exit codes of so many processes that run `target(rank, folder, *args)`; those that hang end themselves."""
-    context = torch.multiprocessing.get_context("spawn")
+    """Exit codes of so many processes that run `target(rank, folder, *args)`; those that hang end themselves.
+
+    They are forked off a process that has imported torch and computed nothing.
+    """
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.pac_ranks"])
     processes = [context.Process(target=target, args=(rank, str(folder), *args)) for rank in range(count)]
     for process in processes:
         process.start()
@@ -106,29 +112,35 @@ def test_activations_arrive_bit_for_bit_and_weights_everywhere(tmp_path: Path) -
         assert shared == [2, 1, 0, 0][rank] * 6 * 4
 
 
-@pytest.mark.parametrize(("who", "epoch", "step"), [(1, 0, 1), (0, 0, 2), (0, 1, 1), (1, 2, 0)])
-def test_a_run_that_lost_a_rank_says_so_and_goes_on(tmp_path: Path, who: int, epoch: int, step: int) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert run_ranks(ranks.killed, 2, folder, NOBODY, 0, 0) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize(("who", "epoch", "step"), [(1, 0, 1), (0, 2, 1)])
+def test_a_run_that_lost_a_rank_says_so_and_goes_on(
+    undisturbed: Path, tmp_path: Path, who: int, epoch: int, step: int
+) -> None:
     """Phase 1 starts over; phase 2 goes on behind the last epoch; the weights are those of a run that lost nobody."""
-    (tmp_path / "lost").mkdir()
-    (tmp_path / "whole").mkdir()
-    codes = run_ranks(ranks.killed, 2, tmp_path / "lost", who, epoch, step)
+    codes = run_ranks(ranks.killed, 2, tmp_path, who, epoch, step)
     assert codes[who] == -9
     assert codes[1 - who] == 3
-    told = json.loads((tmp_path / "lost" / f"told{1 - who}.json").read_text())
+    told = json.loads((tmp_path / f"told{1 - who}.json").read_text())
     kept = f"{epoch} finished epochs and the activations cached for them are kept"
     assert told == f"rank {who} was lost in epoch {epoch + 1}; {kept}"
-    (tmp_path / "lost" / "meet").unlink()
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "lost").glob("cache*.h5")}
+    (tmp_path / "meet").unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache*.h5")}
     assert len(stamps) == (2 if epoch else 0)
-    assert run_ranks(ranks.killed, 2, tmp_path / "lost", 9, 0, 0) == [0, 0]
+    assert run_ranks(ranks.killed, 2, tmp_path, NOBODY, 0, 0) == [0, 0]
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    assert run_ranks(ranks.killed, 2, tmp_path / "whole", 9, 0, 0) == [0, 0]
     for rank in range(2):
-        began, losses = json.loads((tmp_path / "lost" / f"losses{rank}.json").read_text())
-        _, wanted = json.loads((tmp_path / "whole" / f"losses{rank}.json").read_text())
+        began, losses = json.loads((tmp_path / f"losses{rank}.json").read_text())
+        _, wanted = json.loads((undisturbed / f"losses{rank}.json").read_text())
         assert began == epoch
         assert losses == wanted[-len(losses) :]
-        after = torch.load(tmp_path / "lost" / f"weights{rank}.pt", weights_only=True)
-        undisturbed = torch.load(tmp_path / "whole" / f"weights{rank}.pt", weights_only=True)
-        assert after.keys() == undisturbed.keys()
-        assert all(torch.equal(after[name], undisturbed[name]) for name in after)
+        after = torch.load(tmp_path / f"weights{rank}.pt", weights_only=True)
+        same = torch.load(undisturbed / f"weights{rank}.pt", weights_only=True)
+        assert after.keys() == same.keys()
+        assert all(torch.equal(after[name], same[name]) for name in after)
