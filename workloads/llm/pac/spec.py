@@ -9,6 +9,7 @@ from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
 from saih.errors import SaihError
 from workloads.llm import stepcost
 from workloads.llm.config import PRESETS, ModelSpec
+from workloads.llm.pac.clusters import CLUSTERS
 from workloads.llm.pac.widths import side_spec
 from workloads.llm.stepcost import Batch
 
@@ -19,7 +20,6 @@ WORK_UNIT = "samples"
 VARIANTS = ("full", "full-ckpt", "lora", "adapter", "pa", "pa-cache")
 LAYOUTS = ("single", "dp", "pp", "even", "hybrid")
 SPANS = ("first", "later", "whole")
-CLUSTERS = ("emulated-alike", "emulated-mixed", "emulated-slow-lan")
 MINILM = "minilm-l6"
 MODELS = (
     "bert-tiny",
