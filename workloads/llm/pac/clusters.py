@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workloads.llm.pac.planner import Device
@@ -14,32 +15,28 @@ LOCAL_BYTES_PER_S = 3e9
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a rank emulates."""
+    """What ranks emulate: devices that do so many FLOP a second, whatever the machine that emulates them can do."""
 
-    emulated_slowdowns: tuple[float, ...]
-    """How many times slower than this machine's core: of rank 0, 1, ... and from the start again."""
+    emulated_flop_per_s: tuple[float, ...]
+    """Of rank 0, 1, ... and from the start again."""
     emulated_bytes_per_s: float
     """Of each device's link, in each direction."""
 
-    def slowdown(self, rank: int) -> float:
-        return self.emulated_slowdowns[rank % len(self.emulated_slowdowns)]
+    def device(self, rank: int, forward_flop: Sequence[float], backward_flop: Sequence[float]) -> Device:
+        """The one that a rank stands for; FLOP a sample, of each layer."""
+        flop_per_s = self.emulated_flop_per_s[rank % len(self.emulated_flop_per_s)]
+        return Device(
+            f"emulated-{rank}",
+            tuple(flop / flop_per_s for flop in forward_flop),
+            tuple(flop / flop_per_s for flop in backward_flop),
+            MEMORY_BYTES,
+            self.emulated_bytes_per_s,
+        )
 
 
 CLUSTERS = {
-    "emulated-alike": Cluster((6.0,), 125e6),
-    "emulated-mixed": Cluster((9.0, 4.5), 125e6),
-    "emulated-slow-lan": Cluster((6.0,), 2.5e6),
+    "emulated-alike": Cluster((8e9,), 125e6),
+    "emulated-mixed": Cluster((6e9, 12e9), 125e6),
+    "emulated-slow-lan": Cluster((8e9,), 2.5e6),
 }
 """So slow that two ranks, or four, are not held up by the two cores they share. 1 Gbit/s, and a poor 20 Mbit/s."""
-
-
-def emulated_device(cluster: Cluster, here: Device, rank: int) -> Device:
-    """The device that a rank stands for, from what layers take on this machine."""
-    slowdown = cluster.slowdown(rank)
-    return Device(
-        f"emulated-{rank}",
-        tuple(slowdown * seconds for seconds in here.forward_s),
-        tuple(slowdown * seconds for seconds in here.backward_s),
-        MEMORY_BYTES,
-        cluster.emulated_bytes_per_s,
-    )

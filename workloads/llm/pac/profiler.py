@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from workloads.llm.pac.batch import Batch
-from workloads.llm.pac.clusters import CLUSTERS, LOCAL_BYTES_PER_S, MEMORY_BYTES, emulated_device
+from workloads.llm.pac.clusters import CLUSTERS, LOCAL_BYTES_PER_S, MEMORY_BYTES
 from workloads.llm.pac.memory import Saved
 from workloads.llm.pac.planner import Device, Layer, Profile
 from workloads.llm.pac.stages import Flow, Settings, SideTuned, Tuned, make
@@ -26,27 +27,29 @@ STATE = 3
 def profile(settings: Settings, batch: Batch, micro_batches: int, cluster: str) -> Profile:
     """Of this model on all ranks, with mini-batches of `micro_batches` like `batch`. All ranks call it.
 
-    On a cluster, rank 0 measures while the others wait, and every device is that much slower. Without one ("none"),
-    ranks measure all at once, as they will run.
+    Without a cluster ("none") seconds are measured, by all ranks at once, as they will run. The devices of an emulated
+    cluster take as long as the FLOP that torch counts take them.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    count = settings.spec.layers
-    seconds = torch.zeros(world, 2, count, dtype=torch.float64)
-    needs = torch.zeros(count, len(fields(Layer)), dtype=torch.float64)
-    if cluster == "none" or rank == 0:
-        layers = _measured(settings, batch)
-        seconds[rank] = torch.tensor([(each.forward_s, each.backward_s) for each in layers], dtype=torch.float64).T
-        needs += torch.tensor([astuple(each.needs) for each in layers], dtype=torch.float64)
-    if world > 1:
-        dist.all_reduce(seconds)
-        dist.broadcast(needs, 0)
-    devices = [
-        Device(f"rank-{number}", tuple(forward_s), tuple(backward_s), MEMORY_BYTES, LOCAL_BYTES_PER_S)
-        for number, (forward_s, backward_s) in enumerate(seconds.tolist())
-    ]
+    layers = _measured(settings, batch)
+    needs = tuple(each.needs for each in layers)
     if cluster != "none":
-        devices = [emulated_device(CLUSTERS[cluster], devices[0], number) for number in range(world)]
-    return Profile(tuple(Layer(*row) for row in needs.tolist()), tuple(devices), len(batch), micro_batches)
+        flop = [each.forward_flop for each in layers], [each.backward_flop for each in layers]
+        emulated = tuple(CLUSTERS[cluster].device(rank, *flop) for rank in range(_world()))
+        return Profile(needs, emulated, len(batch), micro_batches)
+    mine = torch.tensor([(each.forward_s, each.backward_s) for each in layers], dtype=torch.float64).T.contiguous()
+    theirs = [mine]
+    if _world() > 1:
+        theirs = [torch.empty_like(mine) for _ in range(_world())]
+        dist.all_gather(theirs, mine)
+    devices = [
+        Device(f"rank-{rank}", tuple(forward_s), tuple(backward_s), MEMORY_BYTES, LOCAL_BYTES_PER_S)
+        for rank, (forward_s, backward_s) in enumerate(each.tolist() for each in theirs)
+    ]
+    return Profile(needs, tuple(devices), len(batch), micro_batches)
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class _Measured:
 
     forward_s: float
     backward_s: float
+    forward_flop: float
+    backward_flop: float
     needs: Layer
 
 
@@ -81,7 +86,8 @@ def _measure(stage: SideTuned | Tuned, batch: Batch) -> _Measured:
         forward_bytes=WORD * tokens * (settings.spec.hidden + side),
         backward_bytes=WORD * tokens * (side or settings.spec.hidden),
     )
-    return _Measured(forward_s, backward_s, needs)
+    forward_flop, backward_flop = _flop(stage, batch)
+    return _Measured(forward_s, backward_s, forward_flop / len(batch), backward_flop / len(batch), needs)
 
 
 def _run(stage: SideTuned | Tuned, batch: Batch) -> tuple[float, float]:
@@ -94,6 +100,16 @@ def _run(stage: SideTuned | Tuned, batch: Batch) -> tuple[float, float]:
     began_s = time.perf_counter()
     left.backward(gradient)
     return forward_s, time.perf_counter() - began_s
+
+
+def _flop(stage: SideTuned | Tuned, batch: Batch) -> tuple[int, int]:
+    """Of a forward and of a backward."""
+    entering = _entering(stage, batch)
+    with FlopCounterMode(display=False) as forward:
+        left = _forward(stage, batch, entering)
+    with FlopCounterMode(display=False) as backward:
+        left.backward(None if stage.last else torch.ones_like(left))
+    return forward.get_total_flops(), backward.get_total_flops()
 
 
 def _kept_bytes(stage: SideTuned | Tuned, batch: Batch) -> int:

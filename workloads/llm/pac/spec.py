@@ -105,11 +105,11 @@ def _speed(name: str, over: str, span: str, what: str, target: float, paper: str
 def _planned(cluster: str, layout: str, what: str) -> Claim:
     return Claim(
         f"planner-over-{layout}-{cluster.removeprefix('emulated-')}",
-        f"time of a mini-batch by the planner's plan over {what}: never slower ({cluster})",
+        f"time of a mini-batch by the planner's plan over {what}: never slower, but for the 5 % of noise ({cluster})",
         "step_s",
         {"layout": "hybrid"},
         {"layout": layout},
-        1.0,
+        1.05,
         better="lower",
         where={"cluster": cluster},
     )
