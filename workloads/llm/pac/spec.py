@@ -180,12 +180,12 @@ CLAIMS = (
     ),
     Claim(
         "backward-traffic",
-        "bytes sent backward from stage to stage by LoRA over parallel adapters, counted, the planner's hybrid",
+        "bytes sent backward from stage to stage by LoRA over parallel adapters, counted, a stage a device",
         "check_backward_bytes",
         {"variant": "lora"},
         {"variant": "pa-cache"},
         7.0,
-        where={"layout": "hybrid"},
+        where={"layout": "pp"},
         bound=8.0,
     ),
     *(
