@@ -23,10 +23,10 @@ from saih.errors import SaihError
 from workloads.llm.attention import AttnMeta
 from workloads.llm.config import preset
 from workloads.llm.energonai.engine import Batch, Engine
-from workloads.llm.energonai.handoff import Outbox
 from workloads.llm.energonai.message import Kind
 from workloads.llm.energonai.stages import ComputedStage, EmulatedStage, Job
 from workloads.llm.energonai.worker import Worker
+from workloads.llm.handoff import Outbox
 from workloads.llm.loader import random_init
 from workloads.llm.model import Stage
 from workloads.llm.shard import Mesh

@@ -37,10 +37,10 @@ from workloads.llm.energonai import bench, overlap, spec, timeline, window
 from workloads.llm.energonai import engine as engine_module
 from workloads.llm.energonai.consistency import ConsistencyQueue
 from workloads.llm.energonai.engine import Batch, Engine
-from workloads.llm.energonai.handoff import Outbox, ahead
 from workloads.llm.energonai.message import Kind, Message
 from workloads.llm.energonai.stages import EmulatedStage
 from workloads.llm.energonai.worker import Worker
+from workloads.llm.handoff import Outbox, ahead
 from workloads.llm.loader import random_init
 from workloads.llm.model import Stage
 from workloads.llm.shard import Mesh

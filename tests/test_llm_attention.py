@@ -18,10 +18,10 @@ from torch import Tensor
 from saih.errors import SaihError
 from tests.conftest import package
 from workloads.llm import triton_decode
-from workloads.llm.attention import BACKENDS, AttnMeta, backend, loop, padded, varlen
+from workloads.llm.attention import BACKENDS, AttnMeta, backend, even, loop, padded, varlen
 from workloads.llm.kv import LAYOUTS, EmulatedLink, PagedKV, copy_blocks
 
-KERNELS = {"padded": padded, "loop": loop}
+KERNELS = {"padded": padded, "loop": loop, "even": even}
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from saih.errors import SaihError, unknown
 from workloads.llm.kv import PagedKV
 
-BACKENDS = ("padded", "loop", "varlen", "triton")
+BACKENDS = ("padded", "loop", "even", "varlen", "triton")
 """padded: SDPA over [B, longest], any device. loop: SDPA for each sequence, cached keys read in place, any device.
+even: padded where nothing has to be filled up, which is one call, else loop: any device, for steps without a cache.
 varlen: torch's flash kernel over packed rows, CUDA and half precision. triton: as varlen, and decode steps read the
 cache in place, in splits."""
 
@@ -237,6 +238,12 @@ def loop(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tensor:
     return torch.cat([_attend(q, k, v, length, meta.causal) for q, k, v, length in each])
 
 
+def even(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tensor:
+    """One call where all sequences are of one length, else one a sequence; never a mask, which is slow on CPUs."""
+    alike = len({*meta.query_lens}) == len({*meta.kv_lens, *meta.key_rows}) == 1 and meta.fresh
+    return (padded if alike else loop)(q_THd, k_KGd, v_KGd, meta)
+
+
 def loop_in_cache(q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
     """One call a sequence, its keys read where they lie: without a copy if that is one block."""
     each = zip(q_THd.split(list(meta.query_lens)), meta.blocks, meta.kv_lens, strict=True)
@@ -359,7 +366,7 @@ def backend(
         return Backend(name, varlen, partial(_split_decode, splits))
     if name == "loop":
         return Backend(name, loop, loop_in_cache, loop_in_cache)
-    return Backend(name, {"padded": padded, "varlen": varlen}[name])
+    return Backend(name, {"padded": padded, "even": even, "varlen": varlen}[name])
 
 
 def _split_decode(splits: int | None, q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
@@ -370,7 +377,7 @@ def _split_decode(splits: int | None, q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Ten
 
 def _lack(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why a backend cannot be used here; empty if it can."""
-    if name in ("padded", "loop"):
+    if name in ("padded", "loop", "even"):
         return ""
     if device.type != "cuda":
         return "needs CUDA"

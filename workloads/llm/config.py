@@ -286,6 +286,7 @@ PRESETS = {
     "gpt-175b": _gpt(96, 12288, 96),
     "opt-tiny": replace(_gpt(4, 64, 4), family="opt", vocab=512, activation="relu", position_offset=2),
     "bert-tiny": replace(_BERT, layers=4, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=256, vocab=512),
+    "bert-mini": replace(_BERT, layers=8, hidden=384, heads=6, kv_heads=6, ffn=1536, vocab=2048),
     "bert-base": _BERT,
     "bert-large": replace(_BERT, layers=24, hidden=1024, heads=16, kv_heads=16, ffn=4096),
     "llama-tiny": _LLAMA_TINY,

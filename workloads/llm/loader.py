@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -201,7 +202,13 @@ CHUNK = 1 << 22
 """Elements made at a time."""
 
 
-def random_init(stage: Stage, seed: int, std: float = 0.02) -> None:
+class Sliced(Protocol):
+    """A stage, or anything else that says which slices of which tensors it holds."""
+
+    def pieces(self) -> Iterator[Piece]: ...
+
+
+def random_init(stage: Sliced, seed: int, std: float = 0.02) -> None:
     """Weights uniform with this deviation, norms 1, biases 0: the same model for any split and on any device.
 
     An element depends only on the seed, its tensor's name and its place there, so a rank makes its own slices alone.

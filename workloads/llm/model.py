@@ -35,23 +35,26 @@ class Stage(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         on_host: Container[int] = (),
+        head: bool = True,
     ) -> None:
         """Uninitialised weights: `loader.load(stage, folder)` or `loader.random_init(stage, seed)` fills them.
 
         mesh: this rank's place (default: alone). layers: default the mesh's share by `config.split_layers`.
         attention: a name of `attention.BACKENDS` or "auto"; splits: of the paged decode kernel.
         on_host: layers made in host memory whatever the device; they run once something has brought them there.
+        head: without one the last stage ends with its final norm and gives h [T, D], as checkpoints of a bare model do.
         Raises SaihError if heads cannot be cut, or the device lacks the attention backend.
         """
         super().__init__()
         self.spec, self.mesh = spec, mesh or Mesh()
         self.range = layers if layers is not None else split_layers(spec.layers, self.mesh.pp)[self.mesh.pp_rank]
         self.first, self.last = self.range.start == 0, self.range.stop == spec.layers
+        self.headed = self.last and head
         self.device, self.dtype = torch.device(device), dtype
         self.backend = backend(attention, device, dtype, splits)
         made = Make(self.device, dtype)
-        if self.first or (self.last and spec.tied):
-            head_bias = spec.masked_lm and spec.tied and self.last
+        if self.first or (self.headed and spec.tied):
+            head_bias = spec.masked_lm and spec.tied and self.headed
             self.tokens = VocabMatrix(spec.vocab, spec.hidden, head_bias, self.mesh, made)
         if self.first and spec.table_rows:
             self.positions = made.parameter(spec.table_rows, spec.hidden)
@@ -68,14 +71,14 @@ class Stage(nn.Module):
         )
         if self.last and not spec.post_norm:
             self.final_norm = Norm(spec.norm, spec.hidden, spec.norm_eps, made)
-        if self.last and spec.masked_lm:
+        if self.headed and spec.masked_lm:
             self.head_dense = ColumnLinear(spec.hidden, {"": Cut(spec.hidden, 0, spec.hidden)}, True, Mesh(), made)
             self.head_norm = Norm(spec.norm, spec.hidden, spec.norm_eps, made)
-        if self.last and not spec.tied:
+        if self.headed and not spec.tied:
             self.head = VocabMatrix(spec.vocab, spec.hidden, spec.masked_lm, self.mesh, made)
 
     def forward(self, x: Tensor, meta: AttnMeta, kv: PagedKV | None = None, rows: Tensor | None = None) -> Tensor:
-        """Ids [T] (first stage) or h [T, D] -> h [T, D], or on the last stage logits [R, V] of `rows` (default: all).
+        """Ids [T] (first stage) or h [T, D] -> h [T, D], or under a head logits [R, V] of `rows` (default: all).
 
         Logits are whole on every tensor-parallel rank. For the next token: rows=meta.last_rows.
         If meta has block tables, `kv` takes this step's keys and values and gives those of earlier steps.
@@ -84,7 +87,9 @@ class Stage(nn.Module):
         by = self.rotation(meta)
         for place, block in enumerate(self.layers.values()):
             h_TD = block(h_TD, meta, by, kv, place)
-        return self.logits(h_TD, rows) if self.last else h_TD
+        if self.headed:
+            return self.logits(h_TD, rows)
+        return self.normed(h_TD) if self.last else h_TD
 
     def embed(self, ids_T: Tensor, meta: AttnMeta) -> Tensor:
         """[T] -> [T, D], with learned positions and BERT's first segment."""
@@ -102,11 +107,13 @@ class Stage(nn.Module):
         spec = self.spec
         return rotation(meta.positions_T, spec.head_dim, spec.rope_theta, self.dtype, spec.rope_scaling)
 
+    def normed(self, h_TD: Tensor) -> Tensor:
+        """The last layer's output under the final norm; models that normalise after each branch have none."""
+        return h_TD if self.spec.post_norm else cast(Tensor, self.final_norm(h_TD))
+
     def logits(self, h_TD: Tensor, rows: Tensor | None = None) -> Tensor:
         """[T, D] behind the last layer -> [R, V]."""
-        h_RD = h_TD if rows is None else h_TD.index_select(0, rows)
-        if not self.spec.post_norm:
-            h_RD = self.final_norm(h_RD)
+        h_RD = self.normed(h_TD if rows is None else h_TD.index_select(0, rows))
         if self.spec.masked_lm:
             h_RD = self.head_norm(activate(self.head_dense(h_RD), self.spec.activation))
         return (self.tokens if self.spec.tied else self.head).logits(h_RD)

@@ -18,9 +18,9 @@ from saih.core import Clock
 from saih.errors import SaihError
 from saih.timing import Unclocked
 from workloads.llm.energonai.consistency import TICKETS, ConsistencyQueue
-from workloads.llm.energonai.handoff import Outbox, ahead
 from workloads.llm.energonai.message import Kind, Message, receive, send
 from workloads.llm.energonai.stages import Job
+from workloads.llm.handoff import Outbox, ahead
 from workloads.llm.shard import Mesh
 
 ENGINE = 0

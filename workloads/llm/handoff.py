@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -20,8 +20,11 @@ class Outbox:
     Otherwise a thread sends, and `send` waits only while more than `depth` tensors have not been taken.
     """
 
-    def __init__(self, to: int, group: dist.ProcessGroup | None, depth: int) -> None:
-        self._to, self._group = to, group
+    def __init__(
+        self, to: int, group: dist.ProcessGroup | None, depth: int, pace: Callable[[int], None] | None = None
+    ) -> None:
+        """`pace` is called with a tensor's bytes before it goes, where an emulated link holds it back."""
+        self._to, self._group, self._pace = to, group, pace
         self._waiting: SimpleQueue[Tensor | None] = SimpleQueue()
         self._free = threading.Semaphore(depth)
         self._error: Exception | None = None
@@ -32,7 +35,7 @@ class Outbox:
     def send(self, x: Tensor) -> None:
         """Raises what sending raised, at the latest with a later tensor."""
         if self._thread is None:
-            dist.send(x, group=self._group, group_dst=self._to)
+            self._send(x)
             return
         self._waiting.put(x)
         self._free.acquire()
@@ -47,10 +50,15 @@ class Outbox:
         if self._error is not None:
             raise self._error
 
+    def _send(self, x: Tensor) -> None:
+        if self._pace is not None:
+            self._pace(x.nbytes)
+        dist.send(x, group=self._group, group_dst=self._to)
+
     def _work(self) -> None:
         try:
             while (x := self._waiting.get()) is not None:
-                dist.send(x, group=self._group, group_dst=self._to)
+                self._send(x)
                 self._free.release()
         except Exception as error:
             self._error = error

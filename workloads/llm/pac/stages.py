@@ -1,0 +1,233 @@
+"""Some layers of a model that is fine-tuned, with what trains beside or inside them: the unit of all layouts.
+
+T rows of all sequences, B sequences, D hidden, S width of the ladder, C classes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from workloads.llm import loader
+from workloads.llm.attention import AttnMeta
+from workloads.llm.config import ModelSpec
+from workloads.llm.model import Stage
+from workloads.llm.pac import baselines
+from workloads.llm.pac.adapters import ATTENTION, Ladder, initialise
+from workloads.llm.pac.batch import Batch
+from workloads.llm.shard import ColumnLinear, Cut, Make, Mesh
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is fine-tuned, and how."""
+
+    spec: ModelSpec
+    variant: str
+    """One of spec.VARIANTS."""
+    classes: int
+    """0: the language-modelling head of the backbone, which stays as it is."""
+    reduction: int = 8
+    gated: bool = False
+    lora_rank: int = 8
+    bottleneck: int = 48
+    checkpoint: str = ""
+    """Folder of pretrained weights; empty: random ones."""
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def parallel_adapters(self) -> bool:
+        return self.variant.startswith("pa")
+
+
+class Flow(NamedTuple):
+    """What goes from layer to layer, and from stage to stage."""
+
+    h_TD: Tensor
+    a_TS: Tensor | None = None
+    """Of parallel adapters."""
+
+
+def make(settings: Settings, layers: range | None = None) -> SideTuned | Tuned:
+    """The stage of these layers (default: all). Weights are the same for any split."""
+    layers = range(settings.spec.layers) if layers is None else layers
+    return SideTuned(settings, layers) if settings.parallel_adapters else Tuned(settings, layers)
+
+
+def make_backbone(settings: Settings, layers: range, head: bool = True) -> Stage:
+    """Its weights read, or random; a language-modelling head only if there are no classes."""
+    headed = head and settings.classes == 0
+    stage = Stage(settings.spec, layers=layers, attention=ATTENTION, device=settings.device, head=headed)
+    if settings.checkpoint:
+        loader.load(stage, settings.checkpoint)
+    else:
+        loader.random_init(stage, settings.seed)
+    return stage
+
+
+class Classifier(nn.Module):
+    """Logits of each sequence: of its mean row (encoders), or of its last one (causal models)."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        made = Make(torch.device(settings.device), torch.float32)
+        width = settings.spec.hidden
+        self.causal = settings.spec.causal
+        self.classifier = ColumnLinear(width, {"": Cut(settings.classes, 0, settings.classes)}, True, Mesh(), made)
+        initialise(self, settings.seed)
+
+    def forward(self, h_TD: Tensor, meta: AttnMeta) -> Tensor:
+        if self.causal:
+            pooled_BD = h_TD.index_select(0, meta.last_rows)
+        else:
+            pooled_BD = torch.stack([rows.mean(0) for rows in h_TD.split(list(meta.query_lens))])
+        logits_BC: Tensor = self.classifier(pooled_BD)
+        return logits_BC
+
+
+class Tail:
+    """What the last stage does with the rows: logits and loss."""
+
+    def __init__(self, settings: Settings, backbone: Stage) -> None:
+        self.final: Callable[[Tensor], Tensor] = backbone.logits if settings.classes == 0 else backbone.normed
+        self.classifier = Classifier(settings) if settings.classes else None
+
+    def logits(self, h_TD: Tensor, meta: AttnMeta) -> Tensor:
+        out = self.final(h_TD)
+        return out if self.classifier is None else cast(Tensor, self.classifier(out, meta))
+
+    def loss(self, h_TD: Tensor, batch: Batch, meta: AttnMeta) -> Tensor:
+        """Cross-entropy, summed over the sequences; of language models the mean over a sequence's next tokens."""
+        logits = self.logits(h_TD, meta)
+        if self.classifier is not None:
+            return F.cross_entropy(logits, batch.labels_B, reduction="sum")
+        each = zip(logits.split(list(batch.lens)), batch.ids_T.split(list(batch.lens)), strict=True)
+        return torch.stack([F.cross_entropy(rows[:-1], ids[1:]) for rows, ids in each]).sum()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return dict(self.classifier.named_parameters()) if self.classifier is not None else {}
+
+
+class SideTuned(nn.Module):
+    """Layers of a frozen backbone and the side layers beside them. Gradients go through `a` alone."""
+
+    carries = "a"
+
+    def __init__(self, settings: Settings, layers: range) -> None:
+        super().__init__()
+        self.settings, self.layers = settings, layers
+        self.backbone: Stage | None = make_backbone(settings, layers, head=False).requires_grad_(False)
+        """None once a cache has what it puts out."""
+        made = Make(torch.device(settings.device), torch.float32)
+        self.ladder = Ladder(settings.spec, layers, settings.reduction, settings.gated, made, settings.seed)
+        self.first, self.last = layers.start == 0, layers.stop == settings.spec.layers
+        if self.last:  # of its own: it stays when the backbone goes
+            behind = range(layers.stop, layers.stop)
+            self.tail = Tail(settings, make_backbone(settings, behind).requires_grad_(False))
+        self.record = False
+        self.taps: list[Tensor] = []
+
+    def start(self, ids_T: Tensor, meta: AttnMeta) -> Flow:
+        """Embeddings e, which are the first tap, and a_0."""
+        with torch.no_grad():
+            e_TD = cast(Stage, self.backbone).embed(ids_T, meta)
+        if self.record:
+            self.taps.append(e_TD)
+        return Flow(e_TD, self.ladder.start(e_TD))
+
+    def forward(self, flow: Flow, meta: AttnMeta) -> Flow:
+        """Through my layers of the backbone, without a graph, then up the ladder."""
+        taps = self.backbone_rows(flow.h_TD, meta)
+        if self.record:
+            self.taps += taps
+        return Flow(taps[-1], self.ladder.climb(cast(Tensor, flow.a_TS), taps, meta))
+
+    @torch.no_grad()
+    def backbone_rows(self, h_TD: Tensor, meta: AttnMeta) -> list[Tensor]:
+        """What each of my layers puts out, [T, D]."""
+        backbone, taps = cast(Stage, self.backbone), []
+        by = backbone.rotation(meta)
+        for block in backbone.layers.values():
+            h_TD = block(h_TD, meta, by)
+            taps.append(h_TD)
+        return taps
+
+    def from_taps(self, taps: list[Tensor], meta: AttnMeta) -> Flow:
+        """The whole model's flow from e, h_1, ..., h_L as a cache has them: needs no backbone."""
+        return Flow(taps[-1], self.ladder.climb(self.ladder.start(taps[0]), taps[1:], meta))
+
+    def logits(self, flow: Flow, meta: AttnMeta) -> Tensor:
+        """Of the last stage: [B, C], or [T, V] of a language model."""
+        return self.tail.logits(self.ladder.merge(flow.h_TD, cast(Tensor, flow.a_TS)), meta)
+
+    def loss(self, flow: Flow, batch: Batch, meta: AttnMeta) -> Tensor:
+        """Of the last stage; a sum over sequences."""
+        return self.tail.loss(self.ladder.merge(flow.h_TD, cast(Tensor, flow.a_TS)), batch, meta)
+
+    def take_taps(self) -> list[Tensor]:
+        """What was recorded since the last call: [e,] h_i of my layers for each forward."""
+        taken, self.taps = self.taps, []
+        return taken
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by the name it has in the whole model."""
+        found = {f"ladder.{name}": parameter for name, parameter in self.ladder.named_parameters()}
+        return found | (self.tail.trained() if self.last else {})
+
+
+class Tuned(nn.Module):
+    """Layers of a backbone that gradients go through: all of it trains, or what was put into its blocks."""
+
+    carries = "h"
+
+    def __init__(self, settings: Settings, layers: range) -> None:
+        super().__init__()
+        self.settings, self.layers = settings, layers
+        self.backbone = make_backbone(settings, layers)
+        self.first, self.last = layers.start == 0, layers.stop == settings.spec.layers
+        if self.last:
+            self.tail = Tail(settings, self.backbone)
+        self.checkpointed = settings.variant.endswith("-ckpt")
+        made = Make(torch.device(settings.device), torch.float32)
+        blocks, seed = self.backbone.layers, settings.seed
+        if settings.variant.startswith("full"):
+            self.inside = dict(self.backbone.named_parameters())
+        else:
+            self.backbone.requires_grad_(False)
+            if settings.variant.startswith("lora"):
+                self.inside = baselines.add_lora(blocks, settings.lora_rank, 2.0 * settings.lora_rank, made, seed)
+            else:
+                self.inside = baselines.add_adapters(blocks, settings.bottleneck, made, seed)
+
+    def start(self, ids_T: Tensor, meta: AttnMeta) -> Flow:
+        """Embeddings."""
+        return Flow(self.backbone.embed(ids_T, meta))
+
+    def forward(self, flow: Flow, meta: AttnMeta) -> Flow:
+        """Through my layers; checkpointed ones keep their input alone and are computed anew in backward."""
+        h_TD, by = flow.h_TD, self.backbone.rotation(meta)
+        for block in self.backbone.layers.values():
+            h_TD = (
+                checkpoint(block, h_TD, meta, by, use_reentrant=False) if self.checkpointed else block(h_TD, meta, by)
+            )
+        return Flow(h_TD)
+
+    def logits(self, flow: Flow, meta: AttnMeta) -> Tensor:
+        """Of the last stage: [B, C], or [T, V] of a language model."""
+        return self.tail.logits(flow.h_TD, meta)
+
+    def loss(self, flow: Flow, batch: Batch, meta: AttnMeta) -> Tensor:
+        """Of the last stage; a sum over sequences."""
+        return self.tail.loss(flow.h_TD, batch, meta)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by the name it has in the whole model."""
+        found = {f"backbone.{name}": parameter for name, parameter in self.inside.items()}
+        return found | (self.tail.trained() if self.last else {})
