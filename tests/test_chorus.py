@@ -282,8 +282,12 @@ def test_nirvana_resumes_by_its_table() -> None:
     table = dataclasses.replace(EVERYTHING, table=True)
     found = {similarity: table.stages(similarity, 50) for similarity in (0.65, 0.66, 0.76, 0.86, 0.91, 0.96)}
     assert [each.resume if each else 0 for each in found.values()] == [0, 5, 10, 15, 20, 25]
-    assert table.stages(0.8, 4) is None, "a tenth of four steps is none"
-    assert table.stages(0.86, 4) == Bounds(1, 1)
+    assert table.stages(0.7, 4) is None, "a tenth of four steps is none"
+    assert [table.stages(similarity, 4) for similarity in (0.8, 0.86, 0.91)] == [
+        Bounds(1, 1),
+        Bounds(1, 1),
+        Bounds(2, 2),
+    ]
 
 
 def test_tokens_that_differ_in_either_prompt() -> None:
@@ -317,7 +321,9 @@ def test_a_server_tells_misses_semantic_and_exact_hits_apart() -> None:
     near = prompt.replace("young", "old") if "young" in prompt else prompt.replace("old", "young")
     kinds = [one.serve(Asked(*asked, 0.0), Unclocked()) for asked in ((prompt, 0), (near, 1), (near, 1), (prompt, 0))]
     assert [each.kind for each in kinds] == [MISS, SEMANTIC, EXACT, EXACT]
-    assert [each.forwards for each in kinds] == [4.0, pytest.approx(2 + 0.25, abs=0.2), 0.0, 0.0]
+    assert [each.forwards for each in kinds] == [4.0, pytest.approx(2 + 2 / 8), 0.0, 0.0], (
+        "two of eight tokens for a step"
+    )
     assert torch.equal(kinds[1].latents, kinds[2].latents)
     assert torch.equal(kinds[0].latents, kinds[3].latents)
 
@@ -334,6 +340,13 @@ def test_a_server_of_another_kind_finds_nothing_in_the_same_store() -> None:
         SharingServer(one.checkpoint, (4, 8, 8), 4, 1.0, one.store, EVERYTHING, "x").serve(asked, Unclocked()).kind
         == MISS
     )
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "hunyuanvideo"])
+def test_prompts_that_cannot_be_told_from_their_padding_are_not_compared(family: str) -> None:
+    made = checkpoint.random(family, 3, 48)
+    with pytest.raises(SaihError, match=r"cannot be told from their padding: .* for Wan only"):
+        SharingServer(made, (4, 8, 8), 4, 1.0, Store(1e8), dataclasses.replace(EVERYTHING, selective=False), "x")
 
 
 def test_a_server_with_no_room_computes_everything() -> None:
@@ -510,5 +523,8 @@ def test_cost_is_what_hits_a_word_away_would_take() -> None:
 
 def test_prompts_of_a_file_are_asked_in_turn(tmp_path: Path) -> None:
     traffic = Traffic(requests=3, similar=0, topics=1, zipf=1, repeats=0, load=1.0)
-    assert [each.prompt for each in traffic.of_file(["one", "two"], 7)] == ["one", "two", "one"]
-    assert len({each.seed for each in traffic.of_file(["one", "two"], 7)}) == 3
+    asked = traffic.of_file(["one", "two", "one", "three", "four"], 7)
+    assert [each.prompt for each in asked] == ["one", "two", "three"], "no prompt twice"
+    assert [each.seed for each in asked] == [7, 8, 9]
+    with pytest.raises(SaihError, match=r"2 different ones for 3 requests; .* a replay: give more, or requests=2"):
+        traffic.of_file(["one", "two", "one"], 7)

@@ -8,16 +8,21 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from saih.errors import SaihError
 from tests.tiny_video import FAMILIES, Tiny, hunyuan, wan
 from workloads.video import peers
+from workloads.video.adapters import Condition, State
 from workloads.video.caches import BLOCK, CFG, FULL, STEP, Fixed, FullStepCache, Track, relative_change, spread
 from workloads.video.loop import Policy, Request, Step
 
@@ -117,10 +122,11 @@ def test_reusing_a_step_is_one_larger_step_of_euler() -> None:
 
 
 def test_memory_is_that_of_what_is_kept() -> None:
+    """The conditional prediction of the last full step is kept beside every cache."""
     tiny = longer(wan())
     latents = tiny.request.noise.numel() * 4
     tokens = 3 * 4 * 4 * 24 * 4
-    for kind, expected in ((STEP, latents), (CFG, latents), (BLOCK, 2 * tokens)):
+    for kind, expected in ((STEP, 2 * latents), (CFG, 2 * latents), (BLOCK, latents + 2 * tokens)):
         assert tiny.loop.generate(tiny.request, Fixed(every_other(kind))).cache_bytes == expected
 
 
@@ -199,6 +205,66 @@ def test_a_peer_triggers_saves_work_and_leaves_the_model_as_it_was(name: str) ->
     assert torch.equal(tiny.loop.generate(tiny.request).latents, plain.latents)
 
 
+@pytest.mark.parametrize("name", ["pab", "taylorseer", "first-block-cache"])
+def test_work_inside_of_blocks_is_what_torch_counts_there(name: str) -> None:
+    """Attention too, which is all that PAB saves."""
+    tiny = longer(wan())
+    policy, run = PEERS[name](tiny), tiny.adapter.run
+    counted = [0]
+
+    def watched(*given: Any) -> State:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            after = run(*given)
+        counted[-1] += counter.get_total_flops()
+        return after
+
+    class Watched(Policy):
+        start = policy.start
+
+        def velocity(self, step: Step) -> Tensor:
+            counted.append(0)
+            return policy.velocity(step)
+
+    tiny.adapter.run = watched  # type: ignore[method-assign]
+    result = tiny.loop.generate(tiny.request, Watched())
+    assert isinstance(policy, peers.HookedCache)
+    policy.close()
+    assert min(counted[1:]) < counted[1]
+    assert result.forwards[0] / 2 == pytest.approx(sum(counted) / counted[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("cached", [1, 5, 17, 23, 25, 33])
+def test_taylorseer_leaves_out_as_many_steps_as_it_is_told_in_its_shortest_interval(cached: int) -> None:
+    tiny = wan()
+    interval, before = peers.taylorseer_rhythm(cached, 50)
+    assert (interval == 2) == (cached <= 23)
+    policy = peers.taylorseer(tiny.adapter, interval, before)
+    result = tiny.loop.generate(dataclasses.replace(tiny.request, steps=50), policy)
+    policy.close()
+    assert result.counts == {FULL: 50 - cached, peers.REUSE: cached}
+    with pytest.raises(ValueError, match="40 of 50 steps cannot be cached"):
+        peers.taylorseer_rhythm(40, 50)
+
+
+def test_the_polynomial_of_teacache_is_that_of_the_output_over_the_modulation(tiny: Tiny) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watched(peers.OutputChanges):
+        def velocity(self, step: Step) -> Tensor:
+            fixed, told = step.embed(step.request.branches).fixed, step.predict()
+            seen.append((fixed.get("projection", fixed["time"])[:1], told["cond"]))
+            return super().velocity(step)
+
+    watch = Watched()
+    plain = tiny.loop.generate(tiny.request).latents
+    assert torch.equal(tiny.loop.generate(tiny.request, watch).latents, plain)
+    expected = [tuple(map(relative_change, now, before)) for before, now in itertools.pairwise(seen)]
+    assert np.array(watch.changes) == pytest.approx(np.array(expected), rel=1e-4)
+    watch.changes = [(0.1 * place, 3 * (0.1 * place) ** 4 - 0.1 * place + 0.5) for place in range(9)]
+    assert watch.coefficients() == pytest.approx((3, 0, 0, -1, 0.5), abs=1e-6)
+    assert peers.TeaCache(1.0, watch.coefficients())._rescaled(0.5) == pytest.approx(3 * 0.5**4)
+
+
 def test_one_cache_of_diffusers_after_another_on_the_same_model() -> None:
     """Its registry of hooks remembers the modules it found at first: the second cache's would get no context."""
     tiny = longer(wan())
@@ -224,6 +290,19 @@ def test_our_peers_with_a_threshold_of_zero_are_the_plain_loop(tiny: Tiny, name:
     result = tiny.loop.generate(tiny.request, policy)
     assert torch.equal(result.latents, tiny.loop.generate(tiny.request).latents)
     assert result.counts == {FULL: STEPS}
+
+
+def test_teacache_embeds_each_branch_once_a_step(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = 1 if tiny.adapter.joint else len(tiny.request.branches)
+    embed, calls = tiny.adapter.embed, list[int]()
+
+    def counted(latents: Tensor, timestep: Tensor, condition: Condition) -> State:
+        calls.append(1)
+        return embed(latents, timestep, condition)
+
+    monkeypatch.setattr(tiny.adapter, "embed", counted)
+    assert tiny.loop.generate(tiny.request, peers.TeaCache(0.5)).counts[peers.REUSE] > 0
+    assert len(calls) == STEPS * groups
 
 
 def test_a_peer_that_never_triggers_is_seen_to() -> None:

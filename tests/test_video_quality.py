@@ -115,6 +115,12 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SaihError, match="no adapter for FluxTransformer2DModel"):
         checkpoint.load(tmp_path)
     described.write_text('{"_class_name": "WanTransformer3DModel"}')
+    for setting in ('"boundary_ratio": 0.875', '"expand_timesteps": true'):
+        (tmp_path / "model_index.json").write_text(f'{{"_class_name": "WanPipeline", {setting}}}')
+        for load in (checkpoint.load, checkpoint.transformer):
+            with pytest.raises(SaihError, match=f"{setting[1:12]}.* is of Wan 2.2, .*; Wan 2.1 is adapted"):
+                load(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"boundary_ratio": null, "expand_timesteps": false}')
     with pytest.raises(SaihError, match=r"neither a text_encoder nor words\.safetensors"):
         checkpoint.load(tmp_path)
 

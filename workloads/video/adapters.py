@@ -127,7 +127,7 @@ class Adapter:
 
 
 class WanAdapter(Adapter):
-    """WanTransformer3DModel (Wan 2.1 and 2.2 text-to-video). Latents [B, C, F, H, W]."""
+    """WanTransformer3DModel (Wan 2.1 text-to-video). Latents [B, C, F, H, W]."""
 
     blocks_of = ("blocks",)
 

@@ -69,7 +69,7 @@ class FullStepCache:
 
     Attributes:
         index: step that was last computed in full; -1 before the first.
-        predicted: the prediction of each branch at that step.
+        predicted: of the conditional branch at that step; empty before the first.
     """
 
     def __init__(
@@ -81,20 +81,20 @@ class FullStepCache:
     def clear(self) -> None:
         """Forget everything: a new request begins."""
         self.index = -1
-        self.predicted: dict[str, Tensor] = {}
+        self.predicted = torch.empty(0)
         self.velocity, self.difference = Track(self.forecast), Track(self.forecast)
         self.residuals: dict[str, Track] = {}
 
     def full(self, step: Step) -> Tensor:
         """Compute all of a step and keep it."""
         time = float(step.timestep)
-        self.predicted = step.predict(middle=self._keep(step) if BLOCK in self.kinds else None)
-        velocity = step.guide(self.predicted)
+        predicted = step.predict(middle=self._keep(step) if BLOCK in self.kinds else None)
+        velocity = step.guide(predicted)
         if STEP in self.kinds:
             self.velocity.add(time, (velocity,))
-        if CFG in self.kinds and UNCOND in self.predicted:
-            self.difference.add(time, (self.predicted[COND] - self.predicted[UNCOND],))
-        self.index, step.action = step.index, FULL
+        if CFG in self.kinds and UNCOND in predicted:
+            self.difference.add(time, (predicted[COND] - predicted[UNCOND],))
+        self.index, self.predicted, step.action = step.index, predicted[COND], FULL
         return velocity
 
     def reuse(self, step: Step, kind: str) -> Tensor:
@@ -133,9 +133,10 @@ class FullStepCache:
         return {STEP: self.velocity, CFG: self.difference}.get(kind) or self.residuals[COND]
 
     def cache_bytes(self) -> int:
-        """Bytes held."""
+        """Bytes held; V is the prediction itself where there is one branch."""
         tracks = [self.velocity, self.difference, *self.residuals.values()]
-        return tensor_bytes([tensor for track in tracks for _, value in track.values for tensor in value])
+        held = [self.predicted, *(tensor for track in tracks for _, value in track.values for tensor in value)]
+        return tensor_bytes(list({id(tensor): tensor for tensor in held}.values()))
 
     def _keep(self, step: Step) -> Middle:
         depth, time = step.models[0].depth, float(step.timestep)

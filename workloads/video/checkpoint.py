@@ -171,7 +171,7 @@ def transformer(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.fl
     """The transformer alone of a checkpoint folder: enough for a loop's second model.
 
     Raises:
-        SaihError: there is none, or it has no adapter.
+        SaihError: there is none, it has no adapter, or its pipeline is one of Wan 2.2.
     """
     import diffusers
 
@@ -183,7 +183,8 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     """The checkpoint in a local folder in the layout of diffusers.
 
     Raises:
-        SaihError: there is none, its transformer has no adapter, or it has neither text encoder nor table of words.
+        SaihError: there is none, its transformer has no adapter, its pipeline is one of Wan 2.2, or it has neither
+            text encoder nor table of words.
     """
     import diffusers
 
@@ -208,6 +209,14 @@ def _family(folder: Path) -> str:
     family: str = json.loads(described.read_text())["_class_name"]
     if family not in ADAPTERS:
         raise SaihError(f"{folder}: no adapter for {family}; there are adapters for {', '.join(ADAPTERS)}")
+    index = folder / "model_index.json"
+    pipeline = json.loads(index.read_text()) if index.is_file() else {}
+    for setting in ("boundary_ratio", "expand_timesteps"):
+        if pipeline.get(setting):
+            raise SaihError(
+                f"{folder}: {setting}={pipeline[setting]} is of Wan 2.2, whose pipeline takes other steps than the "
+                "loop here; Wan 2.1 is adapted"
+            )
     return family
 
 

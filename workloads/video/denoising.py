@@ -6,6 +6,7 @@ A bench is a subclass that sets a policy, and says what its videos are worth and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ class Denoising:
         self.forward_flop = [shape.forward_flop(self.videos.grid) for shape in shapes]
         self.made = 0
         self.numbers: dict[str, float] = {}
-        known_by = identity, *(told for _, told in others), point.seed, context.device, torch.__version__
+        known_by = identity, *(told for _, told in others), context.device, torch.get_num_threads()
         self.kept = kept_path(
-            self.folder, "video-checked", *known_by, torch.get_num_threads(), sorted(self.params.items())
+            self.folder, "video-checked", *known_by, astuple(self.videos), sorted(self.params.items())
         )
 
     def step(self, clock: Clock) -> Work:
@@ -186,29 +187,37 @@ def load_transformer(model: str, layers: int, width: int, params: Params, device
     return checkpoints.transformer(folder, device, dtype), f"{checkpoints.identity(folder)} {dtype}"
 
 
-def videos(checkpoint: Checkpoint, params: Params, seed: int) -> Videos:
-    """The videos of a point, of prompts and noise from this seed on."""
+def videos(checkpoint: Checkpoint, params: Params, seed: int, skip: int = 0) -> Videos:
+    """The videos of a point, of prompts and noise from this seed on; the first `skip` prompts of a file left out."""
     steps, guidance = int(params["denoise_steps"]), float(params["guidance"])
     batch = int(params.get("batch", 1))
-    return Videos(prompts(checkpoint, params, seed), options.grid(params), steps, guidance, seed, batch)
+    return Videos(prompts(checkpoint, params, seed, skip), options.grid(params), steps, guidance, seed, batch)
 
 
 def calibration(checkpoint: Checkpoint, params: Mapping[str, float | str], count: int = 1) -> Videos:
-    """Videos that knobs are set on."""
-    return videos(checkpoint, {**params, "videos": count}, CALIBRATION_SEED)
+    """Videos that knobs are set on: of a file, the prompts after those that quality is measured on."""
+    return videos(checkpoint, {**params, "videos": count}, CALIBRATION_SEED, skip=int(params["videos"]))
 
 
-def prompts(checkpoint: Checkpoint, params: Params, seed: int) -> tuple[str, ...]:
-    """As many as `videos`: of the file, or drawn from a toy's words. Raises SaihError where there is no source."""
+def prompts(checkpoint: Checkpoint, params: Params, seed: int, skip: int = 0) -> tuple[str, ...]:
+    """As many as `videos`: drawn from a toy's words, or of the file, from the first again after the last.
+
+    The first `skip` of a file are left out. Raises SaihError where there is no source.
+    """
     wanted = int(params["videos"])
     if params["prompts"]:
-        lines = Path(str(params["prompts"])).read_text().splitlines()
-        given = [line.strip() for line in lines if line.strip()]
-        if not given:
-            raise SaihError(f"prompts: {params['prompts']} holds none")
-        return tuple(given[place % len(given)] for place in range(wanted))
+        given = prompts_of(Path(str(params["prompts"])))
+        return tuple(given[place % len(given)] for place in range(skip, skip + wanted))
     if checkpoint.words is not None:
         return tuple(checkpoint.words.prompt(seed + place) for place in range(wanted))
     if checkpoint.trained:
         raise SaihError("prompts: name a text file of prompts for a checkpoint with a text encoder")
     return ("random",) * int(params.get("batch", 1))
+
+
+def prompts_of(path: Path) -> list[str]:
+    """Of a text file, one a line. Raises SaihError for a file without any."""
+    given = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not given:
+        raise SaihError(f"prompts: {path} holds none")
+    return given

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class Step:
     action: str = "full"
     signal: float = float("nan")
     move: float | None = None
+    _peeked: dict[tuple[str, ...], State] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -91,11 +92,18 @@ class Step:
 
     def embed(self, branches: tuple[str, ...], model: int = 0) -> State:
         """The state before the first block, these branches in its rows."""
+        if model == 0 and branches in self._peeked:
+            return self._peeked.pop(branches)
         adapter = self.models[model]
         latents = self.latents.to(adapter.dtype).repeat(len(branches), *[1] * (self.latents.ndim - 1))
         conditions = [self.request.conditions[branch] for branch in branches]
         condition = adapter.join(conditions) if len(conditions) > 1 else conditions[0]
         return adapter.embed(latents, self.timestep.expand(len(latents)), condition)
+
+    def peek(self, branches: tuple[str, ...]) -> State:
+        """What `embed` of the first model gives, which its next call for these branches is then spared."""
+        self._peeked[branches] = state = self.embed(branches)
+        return state
 
     def run(self, state: State, first: int, last: int, model: int = 0) -> State:
         """Blocks first .. last - 1 of a model."""

@@ -44,6 +44,11 @@ def grid(params: Params) -> tuple[int, int, int]:
     return int(params["frames"]), int(params["rows"]), int(params["columns"])
 
 
+def branches(params: Params, dit: shapes.DiT) -> int:
+    """Forwards of a step: one more where guidance is above 1, unless the model takes it as an input."""
+    return dit.branches if float(params["guidance"]) > 1 else 1
+
+
 def folder(model: str) -> Path:
     """Where a model named in the parameters is: one of those shipped, or a folder itself."""
     weights = Path(__file__).parent / "toy" / "weights"

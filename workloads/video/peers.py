@@ -6,8 +6,10 @@ All of them say at each step how much they reused, so one that never triggered i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ class TeaCache(Policy):
 
     The relative change of the modulation a step's blocks get, over that of the step before, is added up; the blocks run
     when the sum reaches `threshold`. The paper rescales each term by a polynomial fitted to the checkpoint, of which
-    `coefficients` are the factors, highest power first; by default it is the identity.
+    `coefficients` are the factors, highest power first (see `OutputChanges`); by default it is the identity.
     """
 
     def __init__(self, threshold: float, coefficients: Sequence[float] = (1.0, 0.0)) -> None:
@@ -38,8 +40,7 @@ class TeaCache(Policy):
         self.distance = 0.0
 
     def velocity(self, step: Step) -> Tensor:
-        fixed = step.embed(step.request.branches if step.models[0].joint else (COND,)).fixed
-        now = fixed.get("projection", fixed["time"])
+        now = _modulation(step)
         if self.last is not None:
             self.distance += self._rescaled(relative_change(now, self.last))
         self.last, step.signal = now, self.distance
@@ -58,6 +59,40 @@ class TeaCache(Policy):
 
     def cache_bytes(self) -> int:
         return self.cache.cache_bytes()
+
+
+class OutputChanges(Policy):
+    """Computes every step in full and notes what TeaCache rescales by: how much the output changes with the modulation.
+
+    Attributes:
+        changes: of each step but the first: relative change of the modulation, and of the conditional prediction.
+    """
+
+    def start(self, request: Request) -> None:
+        self.changes: list[tuple[float, float]] = []
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def velocity(self, step: Step) -> Tensor:
+        modulation, predicted = _modulation(step), step.predict()
+        now = modulation, predicted[COND]
+        if self.last is not None:
+            of_modulation, of_output = map(relative_change, now, self.last)
+            self.changes.append((of_modulation, of_output))
+        self.last = now
+        return step.guide(predicted)
+
+    def coefficients(self) -> tuple[float, ...]:
+        """Of the polynomial of least squares, of the paper's fourth degree or as many as the steps determine."""
+        modulation, output = np.array(self.changes).T
+        factors = np.polyfit(modulation, output, min(4, len(self.changes) - 1))
+        return tuple(map(float, factors))
+
+
+def _modulation(step: Step) -> Tensor:
+    """What a step's blocks are told of the time."""
+    fixed = step.peek(step.request.branches if step.models[0].joint else (COND,)).fixed
+    told: Tensor = fixed.get("projection", fixed["time"])
+    return told
 
 
 class EasyCache(Policy):
@@ -103,14 +138,21 @@ class EasyCache(Policy):
 class HookedCache(Policy):
     """A cache that hooks itself into the model, run in our loop.
 
-    It skips modules inside the blocks, where the loop cannot see it: work is what the linear layers in the blocks
-    really multiplied, in units of the first step, which all of these caches compute in full.
+    It skips modules inside the blocks, where the loop cannot see it: work is what the linear layers and the attention
+    in the blocks really multiplied, in units of the first step, which all of these caches compute in full.
     """
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter, self._products, self._of_a_full_step = adapter, 0, 0
-        linear = {layer for block in adapter.blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
-        self._counters = [layer.register_forward_hook(self._count) for layer in linear]
+        self._queries = 0
+        layers = {layer for block in adapter.blocks for layer in block.modules()}
+        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        attention = [layer for layer in layers if hasattr(layer, "to_q") and hasattr(layer, "to_k")]
+        self._counters = [
+            *(layer.register_forward_hook(self._count) for layer in linear),
+            *(layer.to_q.register_forward_hook(self._asked) for layer in attention),
+            *(layer.to_k.register_forward_hook(self._answered) for layer in attention),
+        ]
 
     def start(self, request: Request) -> None:
         self._of_a_full_step = 0
@@ -142,6 +184,13 @@ class HookedCache(Policy):
 
     def _count(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._products += inputs[0].numel() * output.shape[-1]
+
+    def _asked(self, layer: nn.Module, inputs: tuple[Tensor, ...], queries_BSD: Tensor) -> None:
+        self._queries = queries_BSD.numel()
+
+    def _answered(self, layer: nn.Module, inputs: tuple[Tensor, ...], keys_BLD: Tensor) -> None:
+        """Each query with each key, and its weights with each value."""
+        self._products += 2 * self._queries * keys_BLD.shape[1]
 
 
 class DiffusersCache(HookedCache):
@@ -247,8 +296,29 @@ def pyramid_attention_broadcast(adapter: Adapter, every: int) -> DiffusersCache:
     )
 
 
-def taylorseer(adapter: Adapter, interval: int) -> DiffusersCache:
-    """TaylorSeer of first order on attention and feed-forward, computed every `interval` steps.
+TAYLORSEER_WARMUP, TAYLORSEER_LONGEST = 5, 8
+"""Full steps that TaylorSeer has at the least, and its longest interval."""
+
+
+def taylorseer_cached(interval: int, before: int, steps: int) -> int:
+    """Steps that TaylorSeer leaves out: after `before` full ones it begins with one of those."""
+    return steps - before - ceil((steps - before - 1) / interval)
+
+
+def taylorseer_rhythm(cached: int, steps: int) -> tuple[int, int]:
+    """The interval of TaylorSeer, and the full steps before it, that leave out `cached` of the steps.
+
+    The shortest interval that can, begun as late as it can. Raises ValueError where none can.
+    """
+    for interval in range(2, TAYLORSEER_LONGEST + 1):
+        for before in range(steps - 1, TAYLORSEER_WARMUP - 1, -1):
+            if taylorseer_cached(interval, before, steps) == cached:
+                return interval, before
+    raise ValueError(f"{cached} of {steps} steps cannot be cached")
+
+
+def taylorseer(adapter: Adapter, interval: int, before: int = TAYLORSEER_WARMUP) -> DiffusersCache:
+    """TaylorSeer of first order on attention and feed-forward: `before` full steps, then one every `interval` steps.
 
     The modules are named, for the pattern that diffusers has by default matches nothing in a Wan.
     """
@@ -258,7 +328,7 @@ def taylorseer(adapter: Adapter, interval: int) -> DiffusersCache:
         adapter,
         lambda timestep: TaylorSeerCacheConfig(
             cache_interval=interval,
-            disable_cache_before_step=5,
+            disable_cache_before_step=before,
             taylor_factors_dtype=torch.float32,
             cache_identifiers=[r".*blocks\.\d+\.(attn\d?|ffn?)"],
         ),

@@ -25,8 +25,7 @@ class CrossAttention:
     def __init__(self, adapter: Adapter) -> None:
         if not isinstance(adapter, WanAdapter):
             raise SaihError(
-                f"{type(adapter.module).__name__} has no cross attention: regions and amplification are for Wan; "
-                "nirvana and chorus-stage1 work on it"
+                f"{type(adapter.module).__name__} has no cross attention: regions and amplification are for Wan"
             )
         self.modules = [block.attn2 for block in adapter.blocks]
         self._kept = [torch.empty(0), torch.empty(0)]

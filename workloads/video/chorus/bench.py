@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from workloads.video.chorus import spec
 from workloads.video.chorus.server import EXACT, MISS, SEMANTIC, Served, Server, SharingServer, embed
 from workloads.video.chorus.store import Store
 from workloads.video.chorus.trace import Asked, Traffic, matches, queue_latencies
-from workloads.video.denoising import load
+from workloads.video.denoising import load, prompts_of
 from workloads.video.kept import digest, kept_path, made_once
 from workloads.video.loop import COND
 from workloads.video.probe import Probe
@@ -51,9 +51,10 @@ class Serving:
         self.probe = Probe.of(self.checkpoint, options.grid(params))
         self.embed = lru_cache(None)(lambda prompt: prompt_vector(self.checkpoint, prompt))
         self.trace = self._draw()
-        self.plain = int(params["denoise_steps"]) * (2 if float(params["guidance"]) > 1 else 1)
-        self.flop_per_forward = spec.shape(params).forward_flop(options.grid(params))
-        told = self.identity, point.seed, context.device, torch.__version__, torch.get_num_threads()
+        shape = spec.shape(params)
+        self.plain = int(params["denoise_steps"]) * options.branches(params, shape)
+        self.flop_per_forward = shape.forward_flop(options.grid(params))
+        told = self.identity, context.device, torch.get_num_threads(), list(map(astuple, self.trace))
         self.kept = kept_path(Path(context.data_folder), "chorus-served", *told, sorted(params.items()))
 
     def step(self, clock: Clock) -> Work:
@@ -100,11 +101,7 @@ class Serving:
             *(float(params["repeats"]), float(params["load"])),
         )
         if params["prompts"]:
-            lines = Path(str(params["prompts"])).read_text().splitlines()
-            prompts = [line.strip() for line in lines if line.strip()]
-            if not prompts:
-                raise SaihError(f"prompts: {params['prompts']} holds none")
-            return traffic.of_file(prompts, self.seed)
+            return traffic.of_file(prompts_of(Path(str(params["prompts"]))), self.seed)
         if self.checkpoint.words is None:
             raise SaihError("prompts: name a text file of prompts for a checkpoint with a text encoder")
         return traffic.draw(self.checkpoint.words.attributes, self.embed, self.seed)

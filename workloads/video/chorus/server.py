@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from saih.core import Clock
+from saih.errors import SaihError
+from workloads.video.adapters import WanAdapter
 from workloads.video.checkpoint import Checkpoint
 from workloads.video.chorus.attention import CrossAttention
 from workloads.video.chorus.reuse import Record, Resume, region
@@ -82,6 +84,9 @@ class SharingServer(Server):
         store: of earlier requests; other servers may use it too.
         reuse: how.
         identity: what the weights and their precision are known by.
+
+    Raises:
+        SaihError: the model is no Wan: other text encoders fill padding with numbers, which would make prompts alike.
     """
 
     def __init__(
@@ -94,6 +99,11 @@ class SharingServer(Server):
         reuse: Reuse,
         identity: str,
     ) -> None:
+        if not isinstance(checkpoint.adapter, WanAdapter):
+            raise SaihError(
+                f"prompts of a {type(checkpoint.adapter.module).__name__} cannot be told from their padding: "
+                "latents are shared between requests for Wan only"
+            )
         super().__init__(checkpoint, grid, steps, guidance)
         self.store, self.reuse = store, reuse
         scheduler = self.loop.scheduler

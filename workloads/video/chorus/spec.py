@@ -174,7 +174,8 @@ CLAIMS = (
     ),
     Claim(
         "overhead-without-similar-prompts",
-        "share of the time that looking up, watching and storing take on a trace without similar prompts",
+        "share of the time that looking up and storing take on a trace without similar prompts; what watching "
+        "attention adds to a step counts as the step's",
         "share_other",
         {"variant": "chorus"},
         {},
@@ -234,7 +235,7 @@ def cost(params: Params) -> Cost:
             raise SaihError(f"{name} is a share: at most 1, not {params[name]}")
     requests, steps = int(params["requests"]), int(params["denoise_steps"])
     similar, repeats = float(params["similar"]), float(params["repeats"])
-    branches, used = 2 if float(params["guidance"]) > 1 else 1, reuse(params)
+    branches, used = options.branches(params, shape(params)), reuse(params)
     hits = max(0.0, similar - min(int(params["topics"]) / requests, similar)) * (1 - repeats)
     work = float(steps)
     if used is not None:

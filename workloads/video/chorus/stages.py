@@ -7,10 +7,9 @@ project's own. NIRVANA's table is from its paper (NSDI'24).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor
 
 NIRVANA = ((0.95, 25), (0.9, 20), (0.85, 15), (0.75, 10), (0.65, 5))
-"""Similarity above which NIRVANA resumes, and from which of 50 steps."""
+"""Similarity above which NIRVANA resumes, and from which of 50 steps; of fewer from the nearest, as Chorus does."""
 RESUME = (0.1, 0.5)
 REGIONS = (0.25, 0.8)
 """Where stages 1 and 2 end, as shares of the steps: at the threshold and at similarity 1, linear between."""
@@ -45,7 +44,7 @@ class Reuse:
     def stages(self, similarity: float, steps: int) -> Bounds | None:
         """Of a request with a match; None for a miss."""
         if self.table:
-            resume = next((floor(of_50 * steps / 50) for above, of_50 in NIRVANA if similarity > above), 0)
+            resume = next((round(of_50 * steps / 50) for above, of_50 in NIRVANA if similarity > above), 0)
             return Bounds(resume, resume) if resume else None
         if similarity < self.threshold:
             return None

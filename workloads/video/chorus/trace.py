@@ -12,6 +12,8 @@ from random import Random
 import torch
 from torch import Tensor
 
+from saih.errors import SaihError
+
 Embed = Callable[[str], Tensor]
 """A prompt to its unit vector [dim]."""
 
@@ -82,11 +84,17 @@ class Traffic:
         return trace
 
     def of_file(self, prompts: Sequence[str], seed: int) -> list[Asked]:
-        """Prompts one after the other, from the first again after the last."""
+        """Different prompts one after the other. Raises SaihError where there are fewer than requests."""
+        different = list(dict.fromkeys(prompts))
+        if len(different) < self.requests:
+            raise SaihError(
+                f"prompts: {len(different)} different ones for {self.requests} requests; a prompt asked twice would be "
+                f"a replay: give more, or requests={len(different)}"
+            )
         random, time, trace = Random(seed), 0.0, []  # noqa: S311
-        for place in range(self.requests):
+        for place, prompt in enumerate(different[: self.requests]):
             time += random.expovariate(self.load)
-            trace.append(Asked(prompts[place % len(prompts)], seed + place, time))
+            trace.append(Asked(prompt, seed + place, time))
         return trace
 
 

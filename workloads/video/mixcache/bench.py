@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from saih.core import Context, Point
 from workloads.video.caches import ACTIONS, FULL
@@ -29,9 +30,9 @@ class Caching(Denoising):
         super().__init__(point, context, loaded, [spec.shape(params)])
         self.requests = self.videos.requests(self.checkpoint, variants.plain_steps(params))
         decisive = sorted((key, value) for key, value in params.items() if key in KNOB_DEPENDS_ON)
-        kept = kept_path(self.folder, "mixcache-knob", loaded[1], decisive)
-        calibrating = calibration(self.checkpoint, params, CALIBRATED_ON).requests(self.checkpoint)
-        self.policy = variants.policy(params, self.loop, calibrating, kept)
+        calibrating = calibration(self.checkpoint, params, CALIBRATED_ON)
+        kept = kept_path(self.folder, "mixcache-knob", loaded[1], context.device, astuple(calibrating), decisive)
+        self.policy = variants.policy(params, self.loop, calibrating.requests(self.checkpoint), kept)
 
     def close(self) -> None:
         variants.close(self.policy)
@@ -53,18 +54,5 @@ class Caching(Denoising):
 
 CALIBRATED_ON = 3
 """Prompts that knobs are searched on: one would hit the speed-up asked for on that one only."""
-KNOB_DEPENDS_ON = {
-    *(
-        "variant",
-        "speedup",
-        "forecast",
-        "repair",
-        "trigger",
-        "penalty",
-        "granularity",
-        "denoise_steps",
-        "guidance",
-        "precision",
-    ),
-    *("batch", "frames", "rows", "columns", "family", "layers", "width", "prompts"),
-}
+KNOB_DEPENDS_ON = {"variant", "speedup", "forecast", "repair", "trigger", "penalty", "granularity"}
+"""Beside the model and the videos it is searched on."""

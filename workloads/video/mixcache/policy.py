@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workloads.video.caches import BLOCK, CFG, FULL, STEP, FullStepCache, relative_change, tensor_bytes
-from workloads.video.loop import COND, UNCOND, Policy, Request, Step
+from workloads.video.caches import BLOCK, CFG, FULL, STEP, Fixed, FullStepCache, relative_change, tensor_bytes
+from workloads.video.loop import UNCOND, Policy, Request, Step
+from workloads.video.mixcache.spec import TAIL, WARMUP
 
 
 class Trigger:
@@ -25,7 +26,9 @@ class Trigger:
     and not after `latest`, and ends with the last share `tail`, at least one step.
     """
 
-    def __init__(self, earliest: float = 0.08, latest: float = 0.3, tail: float = 0.02, settled: float = 0.02) -> None:
+    def __init__(
+        self, earliest: float = WARMUP, latest: float = 0.3, tail: float = TAIL, settled: float = 0.02
+    ) -> None:
         self.earliest, self.latest, self.tail, self.settled = earliest, latest, tail, settled
         self.reset()
 
@@ -101,6 +104,20 @@ class Repair:
         self.went = None
 
 
+class Repaired(Fixed):
+    """A fixed rhythm whose full steps make good what the step cache got wrong before them."""
+
+    def start(self, request: Request) -> None:
+        super().start(request)
+        self.repair = Repair()
+
+    def velocity(self, step: Step) -> Tensor:
+        return _repaired(self.repair, step, super().velocity(step))
+
+    def cache_bytes(self) -> int:
+        return super().cache_bytes() + self.repair.cache_bytes()
+
+
 class MixCache(Policy):
     """The hybrid of step, cfg and block caches.
 
@@ -151,14 +168,11 @@ class MixCache(Policy):
         kind = self._decide(step)
         self.latents = step.latents
         velocity = self._full(step) if kind == FULL else self.cache.reuse(step, kind)
-        if self.repair and kind == FULL:
-            return self.repair.full(step, velocity)
-        if self.repair and kind == STEP:  # the others have seen something fresh
-            self.repair.cached(step, velocity)
-        return velocity
+        return _repaired(self.repair, step, velocity) if self.repair else velocity
 
     def cache_bytes(self) -> int:
-        return self.cache.cache_bytes() + (self.repair.cache_bytes() if self.repair else 0)
+        before = tensor_bytes([] if self.latents is None else [self.latents])
+        return self.cache.cache_bytes() + before + (self.repair.cache_bytes() if self.repair else 0)
 
     def work(self, kind: str, depth: int) -> float:
         """Of a step, as a share of a full one."""
@@ -183,7 +197,7 @@ class MixCache(Policy):
     def _full(self, step: Step) -> Tensor:
         """Compute all of a step; where caching is allowed, note what reuse would have got wrong, a step of age."""
         cache, before = self.cache, self.cache.predicted
-        if not before:
+        if cache.index < 0:
             return cache.full(step)
         age, time = step.index - cache.index, float(step.timestep)
         allowed = self.trigger.allows(step.index, step.steps)
@@ -191,7 +205,7 @@ class MixCache(Policy):
         expected = {kind: track.at(time) for kind, track in tracks.items()}
         stale = {branch: track.at(time) for branch, track in cache.residuals.items()}
         velocity = cache.full(step)
-        self.trigger.observe(cache.predicted[COND], before[COND], age)
+        self.trigger.observe(cache.predicted, before, age)
         if not allowed:
             return velocity
         missed = {kind: _distance(expected[kind], track.values[-1][1]) for kind, track in tracks.items()}
@@ -204,6 +218,15 @@ class MixCache(Policy):
             missed[BLOCK] *= self.sensitivity
         self.errors = {kind: error / size / age**self.growth for kind, error in missed.items()}
         return velocity
+
+
+def _repaired(repair: Repair, step: Step, velocity: Tensor) -> Tensor:
+    """The prediction to take a step with that was full or cached."""
+    if step.action == FULL:
+        return repair.full(step, velocity)
+    if step.action == STEP:  # the others have seen something fresh
+        repair.cached(step, velocity)
+    return velocity
 
 
 def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

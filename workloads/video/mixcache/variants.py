@@ -13,8 +13,8 @@ from workloads.video import peers
 from workloads.video.adapters import Adapter
 from workloads.video.caches import BLOCK, CFG, STEP, Fixed, spread
 from workloads.video.kept import made_once
-from workloads.video.loop import Loop, Policy, Request
-from workloads.video.mixcache.policy import Always, MixCache, Trigger
+from workloads.video.loop import UNCOND, Loop, Policy, Request
+from workloads.video.mixcache.policy import Always, MixCache, Repaired, Trigger
 from workloads.video.mixcache.spec import MOST, TAIL, WARMUP
 
 KINDS = {"step": (STEP,), "cfg": (CFG,), "block": (BLOCK,), "static-mix": (STEP, CFG, BLOCK)}
@@ -44,14 +44,18 @@ def plain_steps(params: Params) -> int:
     return round(float(params["threshold"])) or max(1, round(steps / float(params["speedup"])))
 
 
-def knob(params: Params, adapter: Adapter, calibrating: Callable[[Policy], object]) -> Knob:
-    """The knob of a variant. `calibrating` makes an uncached video under a policy that watches it."""
+def knob(params: Params, adapter: Adapter, branches: Sequence[str], calibrating: Callable[[Policy], object]) -> Knob:
+    """The knob of a variant for requests of these branches.
+
+    `calibrating` makes an uncached video under a policy that watches it.
+    """
     variant, steps, forecast = str(params["variant"]), int(params["denoise_steps"]), bool(params["forecast"])
     if variant in KINDS:
         warmup, tail = max(2, round(WARMUP * steps)), max(1, round(TAIL * steps))
         most = (steps - warmup - tail) * (MOST - 1) // MOST
-        rhythm = [kind for kind in KINDS[variant] if kind != CFG or not adapter.embedded_guidance]
-        return Knob(lambda cached: Fixed(spread(rhythm, round(cached), steps, warmup, tail), forecast), 0, most, True)
+        rhythm = [kind for kind in KINDS[variant] if kind != CFG or UNCOND in branches]
+        made = Repaired if params["repair"] else Fixed
+        return Knob(lambda cached: made(spread(rhythm, round(cached), steps, warmup, tail), forecast), 0, most, True)
     if variant == "mixcache":
         trigger = Trigger if params["trigger"] else Always
         penalty = float(params["penalty"])
@@ -62,13 +66,22 @@ def knob(params: Params, adapter: Adapter, calibrating: Callable[[Policy], objec
         watch = peers.MagnitudeRatios()
         calibrating(watch)
         return Knob(lambda value: peers.magcache(adapter, value, watch.ratios), 1e-3, 10.0)
+    if variant == "teacache":
+        changes = peers.OutputChanges()
+        calibrating(changes)
+        return Knob(lambda value: peers.TeaCache(value, changes.coefficients()), 1e-3, 100.0)
+    if variant == "taylorseer":
+        most = peers.taylorseer_cached(peers.TAYLORSEER_LONGEST, peers.TAYLORSEER_WARMUP, steps)
+
+        def seer(cached: float) -> Policy:
+            return peers.taylorseer(adapter, *peers.taylorseer_rhythm(round(cached), steps))
+
+        return Knob(seer, 1, most, True)
     return {
         "cache-dit": Knob(lambda value: peers.CacheDit(adapter, value), 1e-3, 10.0),
-        "teacache": Knob(peers.TeaCache, 1e-3, 100.0),
         "easycache": Knob(peers.EasyCache, 1e-3, 100.0),
         "first-block-cache": Knob(lambda value: peers.first_block_cache(adapter, value), 1e-3, 10.0),
         "pab": Knob(lambda every: peers.pyramid_attention_broadcast(adapter, round(every)), 2, 8, True),
-        "taylorseer": Knob(lambda every: peers.taylorseer(adapter, round(every)), 2, 8, True),
     }[variant]
 
 
@@ -80,7 +93,7 @@ def policy(params: Params, loop: Loop, requests: Sequence[Request], kept: Path) 
     """
     if params["variant"] in ("none", "fewer-steps"):
         return Policy()
-    one = knob(params, loop.models[0], lambda watch: loop.generate(requests[0], watch))
+    one = knob(params, loop.models[0], requests[0].branches, lambda watch: loop.generate(requests[0], watch))
     value = float(params["threshold"])
     if not value:
         value = float(made_once(kept, lambda: search(one, loop, requests, float(params["speedup"]))))
