@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import astuple, replace
 
@@ -12,15 +11,15 @@ from saih.core import Context, Params, Point
 from workloads.video.denoising import Denoising, load, load_transformer
 from workloads.video.kept import kept_path, made_once
 from workloads.video.loop import Policy, Request, Result, Step
-from workloads.video.reference import Reference, work_at
+from workloads.video.reference import Reference
 from workloads.video.srdiffusion import spec
 from workloads.video.srdiffusion.policy import RENDER, SKETCH, EveryOther, SelfDifference, SketchRender, Switch
 
-SHARES = (0.0, 0.06, 0.1, 0.16, 0.2, 0.26, 0.3, 0.36, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Of the steps: where the curve of fixed switches is measured."""
+FIRST, LAST = 0.1, 0.6
+"""Of the steps: between which a fixed switch is tried at every one."""
 
-Curve = tuple[tuple[float, float], ...]
-"""(work in large forwards, dB), work rising."""
+Curve = tuple[tuple[int, float], ...]
+"""(steps before the switch, SSIM) of fixed switches, steps rising."""
 
 
 def setup(point: Point, context: Context) -> SharedDenoising:
@@ -67,22 +66,22 @@ class SharedDenoising(Denoising):
         return numbers | {"predicted_gain": 1 / (share + (1 - share) * self.small_share)}
 
     def quality(self, results: Sequence[Result]) -> dict[str, float]:
-        """Also the work that fixed switches need for that PSNR, on the same videos, over the work done."""
+        """Also the best fixed switch of the same videos, the earliest one that keeps the likeness claimed, and its work
+        over the work done; nothing of that for videos that are themselves less alike."""
         numbers = super().quality(results)
-        if not numbers:
-            return {}
-        most = float(self.videos.steps * len(self.requests[0].branches))
-        worth = work_at(self.switches, numbers.get("psnr_db", math.inf), most)
+        if not numbers or numbers["ssim"] < spec.LIKENESS:
+            return numbers
+        steps = self.videos.steps
+        best = next((switch for switch, likeness in self.switches if likeness >= spec.LIKENESS), steps)
+        work = len(self.requests[0].branches) * (best + (steps - best) * self.small_share)
         done = sum(map(self.forwards, results)) / len(results)
-        if self.params["variant"] == "fixed-switch":
-            worth = done  # by definition; the interpolated curve may be a little off
-        return numbers | {"iso_switch_gain": worth / done}
+        return numbers | {"best_switch": float(best), "best_switch_gain": work / done}
 
     def _fixed_switches(self, reference: Reference, identities: Sequence[str]) -> Curve:
-        """(work, dB) of switches at fixed steps, from disk, or measured and kept there."""
+        """From disk, or measured and kept there."""
         path = kept_path(self.folder, "srdiffusion-switches", *identities, astuple(self.videos))
         curve = made_once(path, lambda: self._measure_fixed_switches(reference))
-        return tuple((work, db) for work, db in curve)
+        return tuple((int(switch), float(likeness)) for switch, likeness in curve)
 
     def _measure_fixed_switches(self, reference: Reference) -> Curve:
         """The large model goes all the way once; the small one sets out from many places of it."""
@@ -90,13 +89,12 @@ class SharedDenoising(Denoising):
         sketches = [Sketch() for _ in requests]
         for request, sketch in zip(requests, sketches, strict=True):
             self.loop.generate(request, sketch)
-        for switch in sorted({round(share * steps) for share in SHARES} - {steps}):
+        for switch in range(round(FIRST * steps), round(LAST * steps) + 1):
             results = [
                 self.loop.generate(replace(request, noise=sketch.latents[switch]), SketchRender(Switch(0)), switch)
                 for request, sketch in zip(requests, sketches, strict=True)
             ]
-            work = len(requests[0].branches) * (switch + (steps - switch) * self.small_share)
-            curve.append((work, reference.quality(self.checkpoint, results).psnr_db))
+            curve.append((switch, reference.quality(self.checkpoint, results).ssim))
         return tuple(curve)
 
 
@@ -119,7 +117,8 @@ def policy(params: Params) -> Policy:
     if variant in spec.ADAPTIVE:
         bounds = int(params["min_switch"]), int(params["max_switch"])
         render = EveryOther() if variant == "srdiffusion+cache" else Policy()
-        return SketchRender(SelfDifference(float(params["threshold"]), *bounds), render=render)
+        switch_rule = SelfDifference(float(params["threshold"]), *bounds, int(params["falls"]))
+        return SketchRender(switch_rule, render=render)
     switch = min(steps, int(params["switch_step"]))
     if variant == "reversed":
         return SketchRender(Switch(steps - switch), models=(1, 0))

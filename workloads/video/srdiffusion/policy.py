@@ -44,12 +44,13 @@ class SelfDifference(Switch):
     """Once predictions have settled: their change d = tanh(mean |v - v'| / mean |v'|) in a step hardly falls any more.
 
     v is the guided prediction, a dash marks the step before, and t is the steps taken: the switch comes with the first
-    t >= `earliest` at which 0 < d' - d < `threshold`, or with t = `latest`.
+    t >= `earliest` at which 0 < d' - d < `threshold`, or with t = `latest`. With `falls` above 1 the mean of that many
+    falls of d stands for the last one: where d rises and falls by turns, a single one tells nothing.
     """
 
-    def __init__(self, threshold: float = 0.01, earliest: int = 5, latest: int = 30) -> None:
+    def __init__(self, threshold: float = 0.01, earliest: int = 5, latest: int = 30, falls: int = 1) -> None:
         super().__init__(latest)
-        self.threshold, self.earliest = threshold, earliest
+        self.threshold, self.earliest, self.falls = threshold, earliest, falls
 
     def reset(self) -> None:
         super().reset()
@@ -58,7 +59,8 @@ class SelfDifference(Switch):
 
     @property
     def due(self) -> bool:
-        fall = self.changes[-2] - self.changes[-1] if len(self.changes) > 1 else math.inf
+        known = len(self.changes) > self.falls
+        fall = (self.changes[-1 - self.falls] - self.changes[-1]) / self.falls if known else math.inf
         return super().due or (self.taken >= self.earliest and 0 < fall < self.threshold)
 
     def observe(self, prediction: Tensor) -> float:
