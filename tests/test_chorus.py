@@ -454,6 +454,13 @@ def test_every_variant_serves_a_trace(variant: str, tmp_path: Path) -> None:
     assert again == check, "what was counted once is read, and the videos are the same"
 
 
+def test_a_cache_inside_the_request_skips_one_step_of_four_at_the_studys_threshold(tmp_path: Path) -> None:
+    told = params(variant="intra-request", teacache=float(spec.SKIPS_ONE_OF_FOUR), requests=3)
+    check = bench.setup(Point("chorus", told), Context(Place(0, 0, 1), "cpu", str(tmp_path))).check()
+    assert check.passed, check.why
+    assert check.numbers["forwards"] == 3
+
+
 def test_replays_are_counted_as_exact_hits(tmp_path: Path) -> None:
     ready = bench.setup(Point("chorus", params(repeats=0.5)), Context(Place(0, 0, 1), "cpu", str(tmp_path)))
     assert ready.check().numbers["exact_hits"] >= 3

@@ -20,6 +20,9 @@ VARIANTS = ("none", "intra-request", *STORED)
 BANDS = (0.75, 0.85, 0.95, 1.0)
 """Where bands of similarity end."""
 
+SKIPS_ONE_OF_FOUR = "0.8"
+"""Threshold of TeaCache: between the first change of modulation in four steps (0.48) and the first two (1.09)."""
+
 PARAMETERS = (
     Parameter("model", "toy-4step", "", "toy-4step, toy, random, or a local checkpoint folder"),
     Parameter("layers", 8, "blocks", "depth of a model with random weights", minimum=3),
@@ -126,6 +129,36 @@ CLAIMS = (
         better="lower",
         where={"model": "toy-4step"},
         paper="caches inside a request do nothing on 4-step models",
+    ),
+    Claim(
+        "a-step-skipped-inside-the-request-is-seen",
+        "share of the prompts' words that a probe reads in the videos, a cache inside the request set to skip one step "
+        "of four over none",
+        "check_alignment",
+        {"variant": "intra-request"},
+        {"variant": "none"},
+        target=0.95,
+        where={"teacache": SKIPS_ONE_OF_FOUR},
+    ),
+    Claim(
+        "a-step-skipped-inside-the-request-gains-nothing",
+        "requests/s of that cache over none",
+        "work_per_s",
+        {"variant": "intra-request"},
+        {"variant": "none"},
+        target=1.1,
+        better="lower",
+        where={"teacache": SKIPS_ONE_OF_FOUR},
+        paper="caches inside a request do nothing on 4-step models",
+    ),
+    Claim(
+        "over-a-step-skipped-inside-the-request",
+        "requests/s of Chorus over a cache inside the request set to skip one step of four",
+        "work_per_s",
+        {"variant": "chorus"},
+        {"variant": "intra-request"},
+        target=1.0,
+        where={"teacache": SKIPS_ONE_OF_FOUR},
     ),
     _per_second(
         "over-stage-1-alone",

@@ -234,6 +234,6 @@ def _check_reach(params: Params, dit: shapes.DiT) -> None:
         raise SaihError(f"the {params['variant']} cache alone reaches {reach:.2f}x here, not {params['speedup']}x")
 
 
-WARMUP, TAIL, MOST = 0.08, 0.02, 8
+WARMUP, TAIL, MOST = 0.1, 0.06, 8
 """Of all our caches, as shares of the steps: full steps at the start and the end, for MixCache at the least; and of
 those in a fixed rhythm: a full step at least this often."""
