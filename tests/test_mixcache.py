@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -429,6 +430,16 @@ def test_what_is_kept_is_of_these_prompts_packages_and_processor(
     monkeypatch.undo()
     monkeypatch.setattr(kept_module, "_processor", lambda: "another")
     assert kept(0) != first
+
+
+def test_a_gain_in_quality_by_seconds_is_claimed_of_the_toy_alone() -> None:
+    """Random weights have none, and their work is counted in forwards: the study's part has to name its model."""
+    seconds = yaml.safe_load((Path(__file__).parents[1] / "jobs/studies/mixcache.yaml").read_text())["parts"]["seconds"]
+    claims = [claim for claim in spec.CLAIMS if claim.metric == "work_per_s"]
+    assert claims
+    for claim in claims:
+        assert claim.where["model"] == "toy"
+        assert "toy" in seconds["axes"]["model"]
 
 
 class Linear(Policy):
