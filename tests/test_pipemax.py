@@ -336,15 +336,18 @@ def test_prompts_take_their_time_on_paper() -> None:
     assert found.tokens_per_s == pytest.approx(10_000 / (10_000 * 1e-2 / batch + 1000 * 50 * 1e-4))
 
 
-def test_on_paper_a_rotation_without_phases_is_as_late_as_its_latest_batch() -> None:
-    """One output token each and batches of 10: as many prompts join each turn by chance, most of them one of 8."""
+def test_on_paper_a_batch_without_phases_is_late_for_its_prompts() -> None:
+    """Batches of 10 and one token each: ten prompts join a turn on average, and more the one of 8 that most join.
+
+    A rotation is never faster than by the mean, and never slower than by the latest batch.
+    """
     stage = StageModel(8 * 10 * 50.5, CostModel(1e-2), 1e-3, 0.0)
     found = expect(trace_of(1000, 50, 1), stage, simulation.policy("pp-resident", 8))
     rng = random.Random(3)  # noqa: S311
     draws = [sum(rng.random() < 0.01 for _ in range(1000)) for _ in range(800)]
     latest = sum(max(draws[first : first + 8]) for first in range(0, 800, 8)) / 100
     assert found.batch == pytest.approx(10)
-    assert found.tokens_per_s == pytest.approx(10 / (1e-2 + latest * 50 * 1e-3), rel=0.05)
+    assert 10 / (1e-2 + latest * 50 * 1e-3) < found.tokens_per_s < 0.9 * 10 / (1e-2 + 10 * 50 * 1e-3)
 
 
 def test_who_has_no_phases_computes_prompts_in_the_step_that_they_join() -> None:
