@@ -69,7 +69,8 @@ def _joining(requests: Sequence[Request], batch: float, slots: int) -> NDArray[n
     leaving = batch * len(requests) / sum(each.max_new_tokens for each in requests)
     joining = rng.poisson(leaving, ROTATIONS * slots)
     turn = np.repeat(np.arange(len(joining)), joining)
-    return np.bincount(turn, rng.choice(prompts, len(turn)), len(joining)).reshape(ROTATIONS, slots)
+    tokens = np.bincount(turn, rng.choice(prompts, len(turn)), len(joining))
+    return tokens.reshape(ROTATIONS, slots).astype(np.float64)
 
 
 def _turn_s(step_s: NDArray[np.float64], stages: int) -> float:
