@@ -100,10 +100,10 @@ def expected(checkpoints: dict[str, Path]) -> dict[str, list[list[int]]]:
     return found
 
 
-def worker_of(folder: Path, mesh: Mesh | None = None, blocks: int = 100, block_size: int = 4, host: int = 0) -> Worker:
+def worker_of(folder: Path, mesh: Mesh | None = None, blocks: int = 100, block_size: int = 4) -> Worker:
     stage = Stage(config.from_hf(folder), mesh)
     loader.load(stage, folder)
-    return Worker(stage, stage.new_kv(blocks, block_size), stage.new_kv(host, block_size) if host else None)
+    return Worker(stage, stage.new_kv(blocks, block_size))
 
 
 def serve_all(worker: Worker, requests: Sequence[Request], scheduler: Any) -> list[Iteration]:
@@ -198,43 +198,6 @@ def test_arrivals_are_waited_for(checkpoints: dict[str, Path]) -> None:
     requests = [Request(0, [1, 2], 2), Request(1, [3], 2, arrival_s=0.2)]
     serve_all(worker_of(checkpoints["opt"]), requests, FirstComeFirstServed(64, 8))
     assert requests[1].token_s[0] > 0.2
-
-
-class Moving:
-    """Before every batch, all that is cached goes to the host and comes back to other blocks."""
-
-    def __init__(self) -> None:
-        self.inner = FirstComeFirstServed(16, 64)
-        self.moved_blocks = 0
-
-    def next_batch(self, state: ServerState) -> BatchPlan | None:
-        before = {request: list(state.blocks.table(request.id)) for request in state.running.values()}
-        out_of = [block for table in before.values() for block in table]
-        for request in before:
-            state.blocks.release(request.id)
-        for request, table in before.items():
-            assert state.blocks.grow(request.id, len(table) * state.blocks.block_size)
-        into = [block for request in before for block in state.blocks.table(request.id)]
-        plan = self.inner.next_batch(state)
-        if plan is not None:
-            plan.copies_out += [(block, place) for place, block in enumerate(out_of)]
-            plan.copies_in += list(enumerate(into))
-            self.moved_blocks += sum(old != new for old, new in zip(out_of, into, strict=True))
-        return plan
-
-
-def test_blocks_that_visit_the_host_change_no_token(
-    checkpoints: dict[str, Path], expected: dict[str, list[list[int]]]
-) -> None:
-    requests, moving = fresh_requests(), Moving()
-    serve_all(worker_of(checkpoints["llama"], blocks=14, host=14), requests, moving)
-    assert [request.generated for request in requests] == expected["llama"]
-    assert moving.moved_blocks > 20
-
-
-def test_copies_that_nobody_can_make_are_refused(checkpoints: dict[str, Path]) -> None:
-    with pytest.raises(SaihError, match=r"a step copies \d+ blocks from or to a host cache, and this worker has none"):
-        serve_all(worker_of(checkpoints["llama"], blocks=14), fresh_requests(), Moving())
 
 
 def test_followers_outlast_a_long_gap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from saih.errors import unknown
 
+HOST_BYTES = 800e9
+"""Of a host's memory, for keys and values that wait: the machine of arXiv 2605.23389."""
 USABLE_MEMORY = 0.9
 """Of a device's memory, for weights, cache and activations (vLLM's default); the rest is the runtime's."""
 

@@ -169,15 +169,25 @@ class ContinuousBatches:
     """
 
     def __init__(
-        self, model: Any, requests: Sequence[Request], max_requests: int, max_tokens: int, cache_tokens: int = 0
+        self,
+        model: Any,
+        requests: Sequence[Request],
+        max_requests: int,
+        max_tokens: int,
+        *,
+        cache_tokens: int = 0,
+        block_tokens: int = BLOCK_TOKENS,
     ) -> None:
-        """cache_tokens: room of the cache; 0 = for as many of the longest request as a batch may have."""
+        """cache_tokens: room of the cache; 0 = for as many of the longest request as a batch may have.
+
+        block_tokens: of its blocks. A request has whole ones, so an equal cache needs equal blocks too.
+        """
         transformers = _package("transformers")
         settings = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        blocks = -(-cache_tokens // BLOCK_TOKENS) or max_requests * -(-longest // BLOCK_TOKENS)
+        blocks = -(-cache_tokens // block_tokens) or max_requests * -(-longest // block_tokens)
         batching = transformers.ContinuousBatchingConfig(
-            block_size=BLOCK_TOKENS,
+            block_size=block_tokens,
             num_blocks=blocks + 1,
             max_batch_tokens=max_tokens,
             max_requests_per_batch=max_requests,

@@ -5,7 +5,7 @@ in real and in simulated time.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -31,14 +31,11 @@ class Load(NamedTuple):
 class BatchPlan:
     """One iteration: `tokens[i]` tokens of `requests[i]` from its position `computed` on.
 
-    Copies are pairs (from block, to block) between a host and a device cache. Copies out come before anything is
-    overwritten, copies in before the batch runs. `evicted` lost their blocks to make room.
+    `evicted` lost their blocks to make room.
     """
 
     requests: list[Request] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    copies_in: list[tuple[int, int]] = field(default_factory=list)
-    copies_out: list[tuple[int, int]] = field(default_factory=list)
     evicted: list[Request] = field(default_factory=list)
 
     def add(self, request: Request, tokens: int) -> None:
@@ -61,6 +58,15 @@ class BatchPlan:
             else:
                 prefill += tokens
         return Load(decodes, context, longest, prefill)
+
+
+def refuse_what_cannot_run(
+    requests: Iterable[Request], blocks: int, block_size: int, max_positions: int | None
+) -> None:
+    """Before anything is computed. Raises SaihError for a request that exceeds the cache or the model's positions."""
+    state = ServerState(BlockAllocator(blocks, block_size), max_positions)
+    for request in requests:
+        state.submit(request)
 
 
 class ServerState:

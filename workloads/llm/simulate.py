@@ -59,8 +59,7 @@ def simulate(
 ) -> Simulation:
     """Serves the requests with one batch in flight for each stage.
 
-    `stage_s` gives a batch's seconds on one stage: `lambda plan: model.step_s(plan.load())` for a `CostModel`, and more
-    for a scheduler whose plans copy blocks.
+    `stage_s` gives a batch's seconds on one stage: `lambda plan: model.step_s(plan.load())` for a `CostModel`.
     """
     executor = SimulatedExecutor(stage_s, stages)
     iterations = list(serve(requests, scheduler, state, executor, depth=stages))

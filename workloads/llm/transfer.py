@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import count, islice
+from itertools import count
 from typing import cast
 
 from saih.errors import unknown
@@ -42,10 +42,6 @@ class Transfer:
     def done(self) -> bool:
         return self.dropped or self.moved == len(self.chunk_bytes)
 
-    @property
-    def remaining_bytes(self) -> int:
-        return 0 if self.dropped else sum(islice(self.chunk_bytes, self.moved, None))
-
 
 class CopyQueue:
     """Whose chunk goes next. "priority": the most urgent transfer's; "fifo": the oldest's, whatever it is for."""
@@ -75,10 +71,10 @@ class CopyQueue:
 
 
 class SimulatedLink:
-    """One direction of a link in simulated time; a chunk that moves is not stopped. `copy_s`: fixed time of a chunk."""
+    """One direction of a link in simulated time; a chunk that moves is not stopped."""
 
-    def __init__(self, bytes_per_s: float, copy_s: float = 0.0, order: str = "priority") -> None:
-        self.bytes_per_s, self.copy_s, self.queue = bytes_per_s, copy_s, CopyQueue(order)
+    def __init__(self, bytes_per_s: float, order: str = "priority") -> None:
+        self.bytes_per_s, self.queue = bytes_per_s, CopyQueue(order)
         self.busy_s = 0.0
         self._free_s = 0.0
 
@@ -101,7 +97,7 @@ class SimulatedLink:
         return self._free_s if transfer.ended_s is None else transfer.ended_s
 
     def _move(self, transfer: Transfer) -> None:
-        took_s = transfer.chunk_bytes[transfer.moved] / self.bytes_per_s + self.copy_s
+        took_s = transfer.chunk_bytes[transfer.moved] / self.bytes_per_s
         self._free_s += took_s
         self.busy_s += took_s
         transfer.moved += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from saih.errors import SaihError
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.attention import AttnMeta
-from workloads.llm.kv import PagedKV, copy_blocks
+from workloads.llm.kv import PagedKV
 from workloads.llm.model import Stage
 from workloads.llm.sampling import choose, draw
 from workloads.llm.scheduler import BatchPlan
@@ -38,10 +38,6 @@ class Step(NamedTuple):
     """Which sequences get a token."""
     draws: Tensor
     """A `Draw` for each of them: the bits of 3R float32."""
-    copies_out: Tensor
-    """Device block, host block, and so on."""
-    copies_in: Tensor
-    """Host block, device block, and so on."""
 
     @classmethod
     def of(cls, plan: BatchPlan, blocks: BlockAllocator) -> "Step":
@@ -57,8 +53,6 @@ class Step(NamedTuple):
             _words(block for table in tables for block in table),
             _words(sampled),
             torch.tensor(draws, dtype=torch.float32).view(torch.int32).flatten(),
-            _words(block for pair in plan.copies_out for block in pair),
-            _words(block for pair in plan.copies_in for block in pair),
         )
 
 
@@ -87,8 +81,8 @@ class Worker:
     Every method raises SaihError where another rank has ended.
     """
 
-    def __init__(self, stage: Stage, kv: PagedKV, host_kv: PagedKV | None = None) -> None:
-        self.stage, self.kv, self.host_kv = stage, kv, host_kv
+    def __init__(self, stage: Stage, kv: PagedKV) -> None:
+        self.stage, self.kv = stage, kv
         self.mesh = stage.mesh
         self._alone = self.mesh.tp * self.mesh.pp == 1
         self._control = None if self._alone else dist.new_group(backend="gloo", timeout=IDLE)
@@ -126,11 +120,7 @@ class Worker:
     @_others_live()
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor | None:
-        """This rank's share of a step; the chosen tokens [R] where the last stage's first rank is rank 0 itself.
-
-        Raises SaihError for a step that copies blocks where there is no host cache.
-        """
-        self._copy_blocks(step)
+        """This rank's share of a step; the chosen tokens [R] where the last stage's first rank is rank 0 itself."""
         device = self.stage.device
         tables = [table.tolist() for table in step.blocks.split(step.table_lengths_B.tolist())]
         meta = AttnMeta.packed(
@@ -172,15 +162,6 @@ class Worker:
         h_TD = torch.empty(rows, self.stage.spec.hidden, dtype=self.stage.dtype, device=self.stage.device)
         dist.recv(h_TD, dist.get_rank() - self.mesh.tp)
         return h_TD
-
-    def _copy_blocks(self, step: Step) -> None:
-        planned = len(step.copies_out) + len(step.copies_in)
-        if not planned:
-            return
-        if self.host_kv is None:
-            raise SaihError(f"a step copies {planned // 2} blocks from or to a host cache, and this worker has none")
-        copy_blocks(self.kv, self.host_kv, step.copies_out[0::2].tolist(), step.copies_out[1::2].tolist())
-        copy_blocks(self.host_kv, self.kv, step.copies_in[0::2].tolist(), step.copies_in[1::2].tolist())
 
     def _keep(self, work: dist.Work | None, tensor: Tensor) -> None:
         """Holds on to what is being sent, and waits for the oldest when that is much."""

@@ -28,6 +28,7 @@ from workloads.llm.pool import HostPool
 from workloads.llm.prefill import prefill
 from workloads.llm.prepack import prepack
 from workloads.llm.request import Request
+from workloads.llm.scheduler import refuse_what_cannot_run
 from workloads.llm.serve import Iteration
 from workloads.llm.worker import Worker
 
@@ -71,6 +72,7 @@ class Decoding:
             prepack(self.stage)
         self.trace = requests_of(point.params, point.seed, shape.vocab)
         blocks, size = spec.kv_blocks(point.params), spec.BLOCK_TOKENS
+        refuse_what_cannot_run(self.trace, blocks, size, shape.max_positions)
         self.host_blocks = sum(-(-each.longest_kv_tokens // size) for each in self.trace)
         self.kv = self.stage.new_kv(blocks, size, layout="block_first")
         self.staged = self.stage.new_kv(stage_blocks(blocks), size, layout="block_first")
@@ -140,9 +142,6 @@ class Decoding:
         engine = Engine(Worker(self.stage, self.kv), scheduler)
         engine.state = DecodeState(blocks, pool, index, mover, engine.now_s)
         iterations = list(engine.serve(requests))
-        refused = next((request.refusal for request in requests if request.refusal), "")
-        if refused:
-            raise SaihError(refused)
         if isinstance(scheduler, Aligned):
             self.mixed_share = scheduler.mixed_iterations / len(iterations)
         return requests, iterations
@@ -165,9 +164,12 @@ class Peer:
         self.plain = Stage(shape, device=device, dtype=DTYPE[kind])
         loader.random_init(self.plain, point.seed)
         self.trace = requests_of(point.params, point.seed, shape.vocab)
+        blocks, size = spec.kv_blocks(point.params), spec.BLOCK_TOKENS
+        refuse_what_cannot_run(self.trace, blocks, size, shape.max_positions)
         model = peers.hf_model(shape, loader.state_dict(self.plain), DTYPE[kind], device)
-        room = spec.kv_blocks(point.params) * spec.BLOCK_TOKENS
-        self.generator = peers.ContinuousBatches(model, self.trace, spec.MAX_REQUESTS, MOST_TOKENS, room)
+        self.generator = peers.ContinuousBatches(
+            model, self.trace, spec.MAX_REQUESTS, MOST_TOKENS, cache_tokens=blocks * size, block_tokens=size
+        )
         self.work = work(shape, self.trace, True)
 
     def step(self, clock: Clock) -> Work:

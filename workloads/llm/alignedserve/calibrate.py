@@ -2,62 +2,30 @@
 
 from __future__ import annotations
 
-import time
-
-import torch
-
-from workloads.llm.allocator import BlockAllocator
+from workloads.llm.calibrate import decode_samples
 from workloads.llm.costmodel import TERMS, Fit, fit
-from workloads.llm.request import Request
-from workloads.llm.scheduler import BatchPlan, Load
-from workloads.llm.worker import Step, Worker
+from workloads.llm.worker import Worker
 
 DECODE_TERMS = tuple(term for term in TERMS if term != "per_prefill_token_s")
 PADDED_TERMS = tuple(term for term in DECODE_TERMS if term != "per_longest_token_s")
 REPEATS = 3
 
 
-def samples(worker: Worker) -> tuple[list[Load], list[float]]:
-    """Decode steps over this worker's cache, whatever lies in it; the fastest of REPEATS of each shape counts."""
-    loads, step_s = [], []
-    for lengths in _shapes(worker.kv.blocks * worker.kv.block_size):
-        plan, step = _step(lengths, worker)
-        loads.append(plan.load())
-        step_s.append(min(_seconds(worker, step) for _ in range(REPEATS)))
-    return loads, step_s
-
-
 def fit_kernel(worker: Worker) -> tuple[Fit, Fit]:
     """T = a b + c sum + g max + d, and T = a b + c b max + d, which is what a padded kernel does."""
-    loads, step_s = samples(worker)
+    shapes = _shapes(worker.kv.blocks * worker.kv.block_size, worker.stage.spec.max_positions)
+    loads, step_s = decode_samples(worker, shapes, REPEATS)
     padded = [load._replace(context_tokens=load.decodes * load.longest_tokens) for load in loads]
     return fit(loads, step_s, DECODE_TERMS), fit(padded, step_s, PADDED_TERMS)
 
 
-def _shapes(room: int) -> list[list[int]]:
-    """Requests' lengths: few and many, alike and with one or four long ones among them, within the cache."""
+def _shapes(room: int, max_positions: int) -> list[list[int]]:
+    """Requests' lengths: few and many, alike and with one or four long ones among them, within cache and model."""
     found = []
     for short in (32, 128, 512):
         for long in (short, 256, 1024, 4096):
             found += [[long] * longs + [short] * (count - longs) for count in (4, 8, 16, 32, 64) for longs in (1, 4)]
-    return [lengths for lengths in found if sum(lengths) + 32 * len(lengths) <= room]
-
-
-def _step(lengths: list[int], worker: Worker) -> tuple[BatchPlan, Step]:
-    blocks = BlockAllocator(worker.kv.blocks, worker.kv.block_size)
-    requests = [Request(number, [1] * length, 1, computed=length - 1) for number, length in enumerate(lengths)]
-    for request in requests:
-        blocks.grow(request.id, request.context_tokens)
-    plan = BatchPlan(requests, [1] * len(requests))
-    return plan, Step.of(plan, blocks)
-
-
-def _seconds(worker: Worker, step: Step) -> float:
-    begin_s = time.perf_counter()
-    worker.run(step)
-    if worker.kv.arena.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin_s
+    return [each for each in found if sum(each) + 32 * len(each) <= room and max(each) <= max_positions]
 
 
 def numbers(fitted: Fit) -> dict[str, float]:

@@ -124,8 +124,8 @@ class Aligned(DecodeScheduler):
 
     Every iteration: finished requests make room for spare ones of the nearest lengths; when there are none left, the
     next batch comes in as soon as it fits beside the running one, which goes on until it is done, its longest requests
-    giving way where blocks run out. While somebody has been in the pool for longer than `starvation_s`, nobody is
-    refilled, and the next batch is from around the one that has been there longest.
+    giving way where blocks run out. While somebody has waited for longer than `starvation_s`, nobody is refilled, so
+    that there is room for the next batch, which is from around the one that has been in the pool for longest.
 
     Attributes:
         starvation_s: the bound; 0 = none, density alone decides.
@@ -182,7 +182,7 @@ class Aligned(DecodeScheduler):
 
     def _like_the_running(self, state: DecodeState) -> Iterator[Request]:
         """In the pool, the nearest lengths first, within REFILL_LEVELS above the batch's node."""
-        if self._starving(state) or not len(_tree(state)):
+        if self._is_late(state) or not len(_tree(state)):
             return
         new = [each.context_tokens for key, each in state.running.items() if key not in self._old]
         middle = int(sum(new) / len(new)) if new else _mean_context(state)
@@ -204,6 +204,9 @@ class Aligned(DecodeScheduler):
         self._batch, self._level = [], self._batch_level
 
     def _start_any(self, state: DecodeState) -> None:
+        if not self._batch:  # the spares of a batch that has gone: chosen already, so they are in no other one
+            self._batch = [each for key, each in self._spares.items() if key in state.chosen]
+            self._batch_level, self._spares = self._level, {}
         if not self._batch:
             self._choose_batch(state)
         self._switch(state, wait=True)
@@ -238,6 +241,13 @@ class Aligned(DecodeScheduler):
             return None
         oldest = next(iter(state.pooled))
         return state.pooled[oldest] if state.now_s() - state.since_s[oldest] > self.starvation_s else None
+
+    def _is_late(self, state: DecodeState) -> bool:
+        """Whether somebody waits beyond the bound, in the pool or in the next batch, which needs room."""
+        now_s, batch = state.now_s(), [each for each in self._batch if each.id in state.chosen]
+        return self._starving(state) is not None or (
+            self.starvation_s > 0 and any(now_s - state.since_s[each.id] > self.starvation_s for each in batch)
+        )
 
     def _victim(self, state: DecodeState) -> Request:
         """During a switch the longest of the old batch, else the newest."""

@@ -24,13 +24,10 @@ class SimulatedMover:
         host_bytes_per_s: float,
         stage_bytes_per_s: float,
         now_s: Callable[[], float],
-        *,
-        prefetch: bool,
     ) -> None:
         self.pool, self.stage, self.block_bytes, self.now_s = pool, stage, block_bytes, now_s
         self.link = SimulatedLink(host_bytes_per_s)
         self.stage_bytes_per_s = stage_bytes_per_s
-        self.evict_bytes_per_s = stage_bytes_per_s if prefetch else host_bytes_per_s
         self._flying: dict[int, Transfer] = {}
         self._ready_s = 0.0
         self._critical_s = 0.0
@@ -58,7 +55,7 @@ class SimulatedMover:
 
     def evict(self, request: Request) -> None:
         self.pool.hold(request.id, request.computed)
-        self._critical_s += self._bytes(request) / self.evict_bytes_per_s
+        self._critical_s += self._bytes(request) / self.stage_bytes_per_s
 
     def drop(self, request: Request) -> None:
         if request.id in self._flying:
@@ -81,18 +78,15 @@ class SimulatedMover:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Prefill instances: each takes the next prompt as soon as it is free; a prompt takes its tokens' time."""
+    """A prefill instance takes the next prompt as soon as it is free; a prompt takes its tokens' time."""
 
     tokens_per_s: float
-    instances: int = 1
 
     def run(self, requests: Sequence[Request]) -> None:
         """Sets `computed` to all but the last token of each prompt, and `arrival_s` to when that is in the pool."""
-        free_s = [0.0] * self.instances
+        free_s = 0.0
         for request in sorted(requests, key=lambda each: each.arrival_s):
             request.computed = len(request.prompt) - 1
             if self.tokens_per_s:
-                instance = min(range(self.instances), key=free_s.__getitem__)
-                begin_s = max(request.arrival_s, free_s[instance])
-                free_s[instance] = begin_s + len(request.prompt) / self.tokens_per_s
-                request.arrival_s = free_s[instance]
+                free_s = max(request.arrival_s, free_s) + len(request.prompt) / self.tokens_per_s
+                request.arrival_s = free_s

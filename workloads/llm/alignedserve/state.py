@@ -65,7 +65,7 @@ class Mover(Protocol):
 class DecodeState(PooledState):
     """A server of requests that are prefilled: all but the last token of the prompt is computed and in the pool.
 
-    `chosen` left the pool's index for the stage. `since_s` says since when those in the pool have been there.
+    `chosen` left the pool's index for the stage. `since_s` says since when those that do not run have waited.
     """
 
     def __init__(
@@ -88,7 +88,6 @@ class DecodeState(PooledState):
     def take(self, request: Request) -> None:
         super().take(request)
         self.index.remove(request)
-        del self.since_s[request.id]
 
     def choose(self, request: Request) -> None:
         """From the pool to those that run next."""
@@ -98,6 +97,7 @@ class DecodeState(PooledState):
     def start(self, request: Request) -> None:
         """Runs from the next batch on; its device blocks are allocated."""
         self.chosen.pop(request.id, None)
+        self.since_s.pop(request.id, None)
         super().start(request)
         self.mover.load(request)
 
@@ -114,4 +114,5 @@ class DecodeState(PooledState):
 
     def _leave(self, request: Request, phase: Phase) -> None:
         self.mover.drop(request)
+        self.since_s.pop(request.id, None)
         super()._leave(request, phase)

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from saih.core import Check, Clock, Context, Point, Value, Work
 from saih.errors import SaihError
 from workloads.llm import loader, stepcost, trace
 from workloads.llm.allocator import BlockAllocator
+from workloads.llm.calibrate import decode_samples
 from workloads.llm.check import check_tokens
 from workloads.llm.config import preset
 from workloads.llm.copythread import CopyThread
@@ -34,24 +34,29 @@ from workloads.llm.pool import HostPool, PooledState
 from workloads.llm.prefill import compute, prefill
 from workloads.llm.prepack import prepack
 from workloads.llm.request import Request
-from workloads.llm.scheduler import BatchPlan, Load
+from workloads.llm.scheduler import refuse_what_cannot_run
 from workloads.llm.trace_csv import TraceRow
 from workloads.llm.transfer import Urgency
-from workloads.llm.worker import Step, Worker
+from workloads.llm.worker import Worker
 
 TERMS = ("fixed_s", "per_decode_s", "per_context_token_s")
 """T = alpha b + beta L + delta."""
 MANY_TIMES = 200
 """Over the cache: more than is copied while steps are calibrated."""
+REPEATS = 7
+"""Of each step that is calibrated."""
 REPLAYED = 32
 """Batches of a run that the estimator is judged by."""
+PIECES = {"copy_bytes_per_s": (16, 8, 128), "copy_2kb_bytes_per_s": (4, 4, 32)}
+"""(tokens, heads, their size) of a layer's piece of a block: 64 KB, as of llama-70b on a GPU, and 2 KB."""
+COPIED_LAYERS = 32
 MEMORY_BYTES = 1 << 26
-"""Of the copy that stands for the device's memory."""
+"""Of the copy that stands for the device's memory, and of each arena that layouts are compared in."""
 
 
 def setup(point: Point, context: Context) -> Replay | Simulated:
     """A stage with its arenas and a pool of prompts that are computed; or nothing, for simulated time."""
-    print("\n".join(predictor.table(preset("llama-70b"), "llama-70b")), flush=True)
+    print("\n".join(predictor.table()), flush=True)
     if point.params["time"] == "simulated":
         return Simulated(point)
     return Replay(point, context.device)
@@ -76,17 +81,19 @@ class Replay:
             for row in simulation.rows(params, point.seed)
         ]
         self.trace = trace.to_requests(rows, shape.vocab, point.seed)
+        simulation.prefilled(self.trace)
         layout = str(params["layout"])
         self.host_blocks = sum(-(-each.longest_kv_tokens // size) for each in self.trace)
         self.kv = self.stage.new_kv(int(params["kv_tokens"]) // size, size, layout=layout)
         self.host = self.stage.new_kv(self.host_blocks, size, layout=layout)
+        refuse_what_cannot_run(self.trace, self.kv.blocks, size, shape.max_positions)
         self.worker = Worker(self.stage, self.kv)
         self.policy = simulation.policy(str(params["variant"]), int(params["stages"]))
         self.memory_bytes_per_s = _memory_bytes_per_s()
         self.link = EmulatedLink(float(params["emulated_link"]) * self.memory_bytes_per_s)
         self.rate = link_bytes_per_s(self.kv, self.host, self.link)
         with self._copies_beside():
-            loads, step_s = _samples(self.worker, SWEEP)
+            loads, step_s = decode_samples(self.worker, SWEEP, REPEATS)
         fitted = fit(loads, step_s, TERMS)
         self.model, self.fit_errors = fitted.model, (fitted.median_error, fitted.worst_error)
         self.prefill_s_per_token = _prefill_s_per_token(self.stage, self.trace, self.kv)
@@ -111,7 +118,6 @@ class Replay:
         )
         rotation, requests = self._decode()
         errors = self._estimator_errors(rotation.turns)
-        arenas = self._layout_arenas()
         check = check_tokens(
             self.plain,
             [(each.prompt, each.max_new_tokens) for each in self.trace],
@@ -129,10 +135,8 @@ class Replay:
             "predicted_moved_share": expected.moved_share,
             "predicted_work_per_s": expected.tokens_per_s,
             "predicted_mean_batch": expected.batch,
-            "copy_bytes_per_s": copy_bytes_per_s(*arenas),
-            "predicted_copy_bytes_per_s": predicted_copy_bytes_per_s(*arenas, self.memory_bytes_per_s),
         }
-        return Check(check.passed, {**check.numbers, **numbers}, check.why)
+        return Check(check.passed, {**check.numbers, **numbers, **self._layout_copies()}, check.why)
 
     def close(self) -> None:
         """Threads end with each step."""
@@ -146,19 +150,32 @@ class Replay:
 
         A single turn is late for whatever else the machine does, which no estimator of b and L can know.
         """
-        decoding = [turn for turn in turns if turn.load.decodes == turn.requests]
+        decoding = [turn.lengths for turn in turns if min(turn.lengths) > 1]
         some = decoding[:: -(-len(decoding) // REPLAYED)]
         with self._copies_beside():
-            loads, step_s = _samples(self.worker, [_alike(turn.load) for turn in some])
+            loads, step_s = decode_samples(self.worker, some, REPEATS)
         return sorted(abs(self.model.step_s(load) / took_s - 1) for load, took_s in zip(loads, step_s, strict=True))
 
-    def _layout_arenas(self) -> tuple[PagedKV, PagedKV]:
-        """Of a model whose layers are many and whose blocks are small, as on GPUs; out of the caches."""
-        made = [
-            PagedKV(32, 2, 32, blocks=256, block_size=4, layout=str(self.params["layout"]), dtype=torch.float32)
-            for _ in range(2)
-        ]
-        return made[0], made[1]
+    def _layout_copies(self) -> dict[str, float]:
+        """Copies of scattered blocks of a model of 32 layers, measured and on paper; arenas are out of the caches."""
+        found = {}
+        for name, (tokens, heads, size) in PIECES.items():
+            blocks = MEMORY_BYTES // (COPIED_LAYERS * 2 * tokens * heads * size * torch.float16.itemsize)
+            source, target = (
+                PagedKV(
+                    COPIED_LAYERS,
+                    heads,
+                    size,
+                    blocks=blocks,
+                    block_size=tokens,
+                    layout=str(self.params["layout"]),
+                    dtype=torch.float16,
+                )
+                for _ in range(2)
+            )
+            found[name] = copy_bytes_per_s(target, source)
+            found[f"predicted_{name}"] = predicted_copy_bytes_per_s(target, source, self.memory_bytes_per_s)
+        return found
 
     def _pool(self) -> HostPool:
         """All requests in it, always in the same blocks."""
@@ -168,21 +185,22 @@ class Replay:
         return pool
 
     def _decode(self) -> tuple[Rotation, list[Request]]:
-        requests = [Request(each.id, each.prompt, each.max_new_tokens, kind=each.kind) for each in self.trace]
+        requests = [
+            Request(each.id, each.prompt, each.max_new_tokens, kind=each.kind, computed=each.computed)
+            for each in self.trace
+        ]
         pool = self._pool()
-        if self.policy.phases:
-            prefill(self.stage, requests, pool, self.host, self.kv)
-        simulation.prefilled(requests, pool, held=False)
         state = PooledState(BlockAllocator(self.kv.blocks, self.kv.block_size), pool)
         device = RealDevice(state, self.worker, self.host, self.link, self.rate, str(self.params["order"]))
         rotation = Rotation(state, self.policy, device, self.model, self.kv.block_bytes)
         try:
+            if self.policy.offload:
+                device.prefill(requests)
+            elif self.policy.phases:
+                prefill(self.stage, requests, pool, self.host, self.kv)
             rotation.serve(requests)
         finally:
             device.close()
-        refused = next((request.refusal for request in requests if request.refusal), "")
-        if refused:
-            raise SaihError(refused)
         return rotation, requests
 
 
@@ -222,38 +240,6 @@ SWEEP = [
 """Lengths of the requests of each batch that the estimator is fitted to: few and many, alike and mixed."""
 
 
-def _alike(load: Load) -> list[int]:
-    """As many requests and tokens as this load has, of lengths as equal as can be."""
-    length, longer = divmod(load.context_tokens, load.decodes)
-    return [length + 1] * longer + [length] * (load.decodes - longer)
-
-
-def _samples(worker: Worker, shapes: Sequence[list[int]], repeats: int = 7) -> tuple[list[Load], list[float]]:
-    """Decode steps of these lengths, where they fit, and the median time of each: the offline sweep of the paper.
-
-    The sweeps over all sizes are one after the other, so that what disturbs for a while disturbs one of each; a first
-    one is not counted.
-    """
-    size = worker.kv.block_size
-    loads: dict[int, Load] = {}
-    times_s: dict[int, list[float]] = {}
-    for sweep in range(repeats + 1):
-        for place, lengths in enumerate(shapes):
-            if sum(-(-length // size) for length in lengths) > worker.kv.blocks:
-                continue
-            blocks = BlockAllocator(worker.kv.blocks, size)
-            requests = [Request(number, [1] * length, 1, computed=length - 1) for number, length in enumerate(lengths)]
-            for request in requests:
-                blocks.grow(request.id, request.context_tokens)
-            plan = BatchPlan(requests, [1] * len(requests))
-            begin_s = time.perf_counter()
-            worker.run(Step.of(plan, blocks))
-            if sweep:
-                times_s.setdefault(place, []).append(time.perf_counter() - begin_s)
-                loads[place] = plan.load()
-    return list(loads.values()), [float(np.median(each)) for each in times_s.values()]
-
-
 def _prefill_s_per_token(stage: Stage, requests: Sequence[Request], kv: PagedKV, prompts: int = 8) -> float:
     """Of the first prompts of the trace, one at a time; the faster of two times each."""
     tokens, took_s = 0, 0.0
@@ -283,8 +269,7 @@ class Simulated:
 
     def step(self, clock: Clock) -> Work:
         clock.enter("compute")
-        stage = spec.stage(self.point.params)
-        predictor.predict(stage.kv_blocks * spec.BLOCK_TOKENS * stage.kv_bytes_per_token, stage.weight_bytes, 8, 0.03)
+        simulation.predicted_gain(self.point.params)
         return Work(1.0)
 
     def check(self) -> Check:

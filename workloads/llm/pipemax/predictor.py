@@ -13,8 +13,22 @@ from dataclasses import dataclass
 
 from saih.errors import SaihError
 from workloads.llm import stepcost
-from workloads.llm.config import ModelSpec
+from workloads.llm.config import preset
 from workloads.llm.machines import MACHINES, USABLE_MEMORY, Machine
+
+WORD = 2
+PARAMETERS = {
+    "llama-70b": float(stepcost.parameters(preset("llama-70b"))),
+    "qwen3-235b-a22b": 235e9,
+    "llama-405b": 405e9,
+}
+KNOWN = (
+    *((name, "llama-70b", 0.0) for name in MACHINES),
+    ("h200", "llama-70b", 32e9),
+    ("h100", "qwen3-235b-a22b", 0.0),
+    ("h200", "llama-405b", 0.0),
+)
+"""(machine, model, cap of a device's memory) that the table is printed for."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +62,21 @@ def predict(kv_bytes: float, weight_bytes: float, stages: int, link_over_memory:
     return Prediction(moved, held / resident, gain)
 
 
-def predict_on(machine: Machine, spec: ModelSpec, word: int = 2, memory_bytes: float = 0.0) -> Prediction:
-    """One pipeline stage a device; memory_bytes: a cap, 0 = all that is usable."""
-    weights = word * stepcost.parameters(spec) / machine.devices
+def predict_on(machine: Machine, parameters: float, memory_bytes: float = 0.0) -> Prediction:
+    """A model in 16 bits, one pipeline stage a device; memory_bytes: a cap, 0 = all that is usable."""
+    weights = WORD * parameters / machine.devices
     memory = USABLE_MEMORY * (memory_bytes or machine.memory_bytes)
     ratio = machine.host_bytes_per_s / machine.memory_bytes_per_s
     return predict(memory - weights, weights, machine.devices, ratio)
 
 
-def table(spec: ModelSpec, name: str) -> list[str]:
-    """One line for each machine that holds the model, to print."""
-    lines = [f"{'8 devices of':12} {'moved':>6} {'batch':>6} {'gain':>6}   {name}, predicted"]
-    for key, machine in MACHINES.items():
-        try:
-            found = predict_on(machine, spec)
-        except SaihError:
-            lines.append(f"{key:12} {'-':>6} {'-':>6} {'-':>6}   too small")
-            continue
-        lines.append(f"{key:12} {found.moved_share:6.2f} {found.batch:5.2f}x {found.gain:5.2f}x")
+def table() -> list[str]:
+    """One line for each known machine and model, to print."""
+    lines = [f"{'8 devices of':12} {'model':16} {'cap':>6} {'moved':>6} {'batch':>6} {'gain':>6}   predicted"]
+    for name, model, cap in KNOWN:
+        found = predict_on(MACHINES[name], PARAMETERS[model], cap)
+        capped = f"{cap / 1e9:.0f} GB" if cap else "-"
+        lines.append(
+            f"{name:12} {model:16} {capped:>6} {found.moved_share:6.2f} {found.batch:5.2f}x {found.gain:5.2f}x"
+        )
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,26 @@ class RealDevice:
         self._joining_s = 0.0
         self._coming: dict[int, BlockTransfer] = {}
         self._going: dict[int, list[BlockTransfer]] = {}
+
+    def prefill(self, requests: Sequence[Request]) -> None:
+        """The phase before decoding: prompts one after the other, each on its way to the host beside the next ones.
+
+        Returns when the host has them all.
+        """
+        leaving: deque[int] = deque()
+        for request in requests:
+            while leaving and not self.state.blocks.grow(request.id, max(1, request.computed)):
+                self._left(leaving.popleft())
+            self.state.blocks.grow(request.id, max(1, request.computed))
+            compute(self.worker.stage, request, self.kv, self.state.blocks.table(request.id))
+            self.offload(request)
+            leaving.append(request.id)
+        while leaving:
+            self._left(leaving.popleft())
+
+    def _left(self, owner: int) -> None:
+        self.settle([owner])
+        self.state.blocks.release(owner)
 
     def now_s(self) -> float:
         return time.perf_counter() - self._began_s

@@ -16,7 +16,7 @@ from workloads.llm.costs import CostModel
 from workloads.llm.pipemax.compose import MOST_SKIPPED, Candidate, Held, compose
 from workloads.llm.pool import PooledState
 from workloads.llm.request import Request
-from workloads.llm.scheduler import BatchPlan, Load
+from workloads.llm.scheduler import BatchPlan
 
 GROWTH = 1.05
 """A batch may take so much longer than the mean of the last rotation. Our choice."""
@@ -89,13 +89,17 @@ class Turn:
     begin_s: float
     end_s: float
     predicted_s: float
-    requests: int
-    load: Load
+    lengths: list[int]
+    """Tokens that each of its requests attends to."""
     stalled_s: float
     """Waited for what was fetched."""
     bubble_s: float
     """Waited for the batch to come back from the other stages."""
     fetched_blocks: int
+
+    @property
+    def requests(self) -> int:
+        return len(self.lengths)
 
 
 @dataclass
@@ -157,8 +161,8 @@ class Rotation:
             self._fill(following)
             return False
         plan = BatchPlan(batch, [1] * len(batch))
-        load = plan.load()
-        predicted_s = self.model.step_s(load)
+        lengths = [request.context_tokens for request in batch]
+        predicted_s = self.model.step_s(plan.load())
         fetched = self._fill(following, predicted_s, running=slot)
         waited_s = self.device.now_s()
         self.device.wait_until(self._ready_s[slot])
@@ -173,7 +177,7 @@ class Rotation:
             for request in batch:
                 if request.id in self.state.running and self._unsaved(request) >= self.state.blocks.block_size:
                     self.device.offload(request)
-        self.turns.append(Turn(begin_s, end_s, predicted_s, len(batch), load, stalled_s, begin_s - waited_s, fetched))
+        self.turns.append(Turn(begin_s, end_s, predicted_s, lengths, stalled_s, begin_s - waited_s, fetched))
         return True
 
     def _resident(self, request: Request) -> bool:

@@ -15,7 +15,9 @@ class SimulatedDevice:
     """Prefill is part of it: a request that has not run yet brings the time of its prompt along.
 
     Where prefill has phases of its own, that time passes for all batches at once; otherwise it makes the step of the
-    batch that the request joins longer. `block_copy_s`: what a block takes beside its bytes, by the layout.
+    batch that the request joins longer. offload: prompts go to the host over the link while they are computed, and
+    their phase lasts until they are there; otherwise a prefill leaves them on the device, and what an eviction brings
+    away of them costs nothing. block_copy_s: what a block takes beside its bytes, by the layout.
     """
 
     def __init__(
@@ -29,18 +31,20 @@ class SimulatedDevice:
         *,
         prefill_s_per_token: float = 0.0,
         phases: bool = True,
+        offload: bool = False,
     ) -> None:
         self.state, self.model, self.block_bytes = state, model, block_bytes
         block_s = block_bytes / link_bytes_per_s + block_copy_s
         self.rate = block_bytes / block_s
-        self.inward, self.outward = (SimulatedLink(self.rate, 0.0, order) for _ in range(2))
-        self.prefill_s_per_token, self.phases = prefill_s_per_token, phases
+        self.inward, self.outward = (SimulatedLink(self.rate, order) for _ in range(2))
+        self.prefill_s_per_token, self.phases, self.offloads = prefill_s_per_token, phases, offload
         self.prefill_s = 0.0
         self._now_s = 0.0
-        self._joining_s = 0.0
-        self._fresh: set[int] = set()
+        self._joining_s: dict[int, float] = {}
+        """Prompts that are computed with the next step of their request."""
+        self._prefilled: set[int] = set()
         self._coming: dict[int, Transfer] = {}
-        self._going: dict[int, Transfer] = {}
+        self._going: dict[int, list[Transfer]] = {}
 
     def now_s(self) -> float:
         return self._now_s
@@ -49,8 +53,8 @@ class SimulatedDevice:
         self._now_s = max(self._now_s, then_s)
 
     def run(self, plan: BatchPlan) -> list[int]:
-        self._now_s += self.model.step_s(plan.load()) + self._joining_s
-        self._joining_s = 0.0
+        joining_s = sum(self._joining_s.pop(each.id, 0.0) for each in plan.requests)
+        self._now_s += self.model.step_s(plan.load()) + joining_s
         return [0] * len(plan.requests)
 
     def stage_s(self, took_s: float, predicted_s: float) -> float:
@@ -67,41 +71,53 @@ class SimulatedDevice:
     def wait(self, request: Request) -> None:
         transfer = self._coming.pop(request.id, None)
         if transfer is not None:
-            self.inward.advance(self._now_s)
-            if not transfer.done or (transfer.ended_s or 0.0) > self._now_s:
-                self.wait_until(self.inward.finish(transfer))
+            self._settle(self.inward, transfer)
 
     def offload(self, request: Request) -> None:
-        size = self.state.blocks.block_size
-        first = self.state.pool.stored_tokens(request.id) // size
-        blocks = self.state.blocks.blocks_for(request.computed) - first
-        self.state.pool.hold(request.id, request.computed)
-        if blocks:
-            self._going[request.id] = self._send(self.outward, Urgency.OFFLOAD, blocks)
+        stored = self.state.pool.stored_tokens(request.id)
+        if request.computed > stored:
+            blocks = self.state.blocks.blocks_for(request.computed) - stored // self.state.blocks.block_size
+            self._going.setdefault(request.id, []).append(self._send(self.outward, Urgency.OFFLOAD, blocks))
+            self.state.pool.hold(request.id, request.computed)
 
     def evict(self, request: Request) -> None:
-        self._coming.pop(request.id, None)
-        if request.computed > self.state.pool.stored_tokens(request.id):
-            self.offload(request)
-        transfer = self._going.pop(request.id, None)
-        if transfer is not None:
-            self.outward.advance(self._now_s)
-            if not transfer.done or (transfer.ended_s or 0.0) > self._now_s:
-                self.wait_until(self.outward.finish(transfer))
+        coming = self._coming.pop(request.id, None)
+        if coming is not None:
+            coming.dropped = True
+        self.offload(request)
+        self._saved(request)
 
     def fetch_bytes_per_s(self) -> float:
         return self.rate
 
     def _prefill(self, request: Request) -> None:
-        if request.id in self._fresh or not self.prefill_s_per_token:
+        if request.id in self._prefilled:
             return
-        self._fresh.add(request.id)
+        self._prefilled.add(request.id)
         took_s = self.prefill_s_per_token * len(request.prompt)
-        self.prefill_s += took_s
+        begin_s = self._now_s
+        if self.offloads:
+            self.offload(request)
+        else:
+            self.state.pool.hold(request.id, request.computed)
         if self.phases:
             self._now_s += took_s
+            self._saved(request)
+            self.prefill_s += self._now_s - begin_s
         else:
-            self._joining_s += took_s
+            self._joining_s[request.id] = took_s
+            self.prefill_s += took_s
+
+    def _saved(self, request: Request) -> None:
+        """Until all of the request that is on its way to the host is there."""
+        for transfer in self._going.pop(request.id, []):
+            self._settle(self.outward, transfer)
+
+    def _settle(self, link: SimulatedLink, transfer: Transfer) -> None:
+        """Until the transfer has arrived, before all others."""
+        link.advance(self._now_s)
+        if not transfer.done or (transfer.ended_s or 0.0) > self._now_s:
+            self.wait_until(link.finish(transfer))
 
     def _send(self, link: SimulatedLink, urgency: Urgency, blocks: int) -> Transfer:
         whole, rest = divmod(blocks, CHUNK_BLOCKS)

@@ -9,16 +9,16 @@ from saih.core import Params
 from workloads.llm import trace
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.config import preset
-from workloads.llm.machines import machine
+from workloads.llm.machines import HOST_BYTES, machine
 from workloads.llm.pipemax import spec
 from workloads.llm.pipemax.expected import StageModel, expect
+from workloads.llm.pipemax.predictor import predict
 from workloads.llm.pipemax.rotation import Policy, Rotation
 from workloads.llm.pipemax.simulated import SimulatedDevice
 from workloads.llm.pool import HostPool, PooledState
 from workloads.llm.request import Request
 from workloads.llm.trace_csv import TraceRow
 
-POOL_BLOCKS = 1 << 20
 MOST_REQUESTS = 4096
 """In a batch: memory decides, not this."""
 
@@ -41,12 +41,18 @@ def rows(params: Params, seed: int) -> list[TraceRow]:
     return [row._replace(new_tokens=min(row.new_tokens, spec.LONGEST_NEW_TOKENS)) for row in found]
 
 
-def prefilled(requests: Sequence[Request], pool: HostPool, held: bool = True) -> None:
-    """All but the last token of each prompt is computed; the pool holds it, unless the first step is to compute it."""
+def prefilled(requests: Sequence[Request]) -> None:
+    """All but the last token of each prompt is computed before its first step, or with it: the device says when."""
     for request in requests:
         request.computed = len(request.prompt) - 1
-        if pool.enter(request) and held:
-            pool.hold(request.id, request.computed)
+
+
+def predicted_gain(params: Params) -> float:
+    """Of decode throughput over resident batches, by the predictor."""
+    stage, the = spec.stage(params), machine(str(params["machine"]))
+    kv_bytes = stage.kv_blocks * spec.BLOCK_TOKENS * stage.kv_bytes_per_token
+    ratio = the.host_bytes_per_s / the.memory_bytes_per_s
+    return predict(kv_bytes, stage.weight_bytes, int(params["stages"]), ratio).gain
 
 
 def figures(rotation: Rotation) -> dict[str, float]:
@@ -70,9 +76,9 @@ def run(params: Params, seed: int) -> dict[str, float]:
     """Figures of the trace in simulated time, and what is to be expected on paper."""
     stage, the = spec.stage(params), machine(str(params["machine"]))
     chosen = policy(str(params["variant"]), int(params["stages"]))
-    pool = HostPool(POOL_BLOCKS, spec.BLOCK_TOKENS)
-    state = PooledState(BlockAllocator(stage.kv_blocks, spec.BLOCK_TOKENS), pool)
     block_bytes = int(spec.BLOCK_TOKENS * stage.kv_bytes_per_token)
+    pool = HostPool(int(HOST_BYTES / int(params["stages"]) / block_bytes), spec.BLOCK_TOKENS)
+    state = PooledState(BlockAllocator(stage.kv_blocks, spec.BLOCK_TOKENS), pool)
     copies = 1 if params["layout"] == "block_first" else preset(str(params["shape"])).layers // int(params["stages"])
     device = SimulatedDevice(
         state,
@@ -83,9 +89,10 @@ def run(params: Params, seed: int) -> dict[str, float]:
         str(params["order"]),
         prefill_s_per_token=stage.prefill_s_per_token,
         phases=chosen.phases,
+        offload=chosen.offload,
     )
     requests = trace.to_requests(rows(params, seed))
-    prefilled(requests, pool)
+    prefilled(requests)
     rotation = Rotation(state, chosen, device, stage.model, block_bytes, MOST_REQUESTS)
     rotation.serve(requests)
     tokens, took_s = sum(len(each.generated) for each in requests), device.now_s()

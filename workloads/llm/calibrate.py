@@ -1,0 +1,46 @@
+"""Decode steps of chosen shapes, timed on this machine: what cost models are fitted to and judged by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from workloads.llm.allocator import BlockAllocator
+from workloads.llm.request import Request
+from workloads.llm.scheduler import BatchPlan, Load
+from workloads.llm.worker import Step, Worker
+
+
+def decode_samples(worker: Worker, shapes: Sequence[Sequence[int]], repeats: int) -> tuple[list[Load], list[float]]:
+    """Decode steps of requests that attend to these lengths, where the cache holds them, and the median time of each.
+
+    Whatever lies in the cache is used and overwritten. The sweeps over all shapes are one after the other, so that what
+    disturbs for a while disturbs one of each; a first one is not counted.
+    """
+    steps = [_step(lengths, worker) for lengths in shapes if _blocks(lengths, worker) <= worker.kv.blocks]
+    times_s = [[_seconds(worker, step) for _, step in steps] for _ in range(repeats + 1)]
+    return [load for load, _ in steps], [float(np.median(each)) for each in zip(*times_s[1:], strict=True)]
+
+
+def _blocks(lengths: Sequence[int], worker: Worker) -> int:
+    return sum(-(-length // worker.kv.block_size) for length in lengths)
+
+
+def _step(lengths: Sequence[int], worker: Worker) -> tuple[Load, Step]:
+    blocks = BlockAllocator(worker.kv.blocks, worker.kv.block_size)
+    requests = [Request(number, [1] * length, 1, computed=length - 1) for number, length in enumerate(lengths)]
+    for request in requests:
+        blocks.grow(request.id, request.context_tokens)
+    plan = BatchPlan(requests, [1] * len(requests))
+    return plan.load(), Step.of(plan, blocks)
+
+
+def _seconds(worker: Worker, step: Step) -> float:
+    begin_s = time.perf_counter()
+    worker.run(step)
+    if worker.kv.arena.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin_s
