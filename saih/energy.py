@@ -93,14 +93,15 @@ class Counters:
     def _read(self) -> list[float]:
         try:
             return [counter.read() for counter in self.counters]
-        except Exception:  # whatever a driver that stops answering raises: the time measured is good all the same
+        except (OSError, ValueError):  # a counter that stops answering: the time measured is good all the same
             self.failed = True
             return [0.0] * len(self.counters)
 
 
 @dataclass(frozen=True)
 class Counter:
-    """`read()` gives units of `joule` each, and starts again at 0 after `span` (None: never)."""
+    """`read()` gives units of `joule` each, and starts again at 0 after `span` (None: never); else raises OSError or
+    ValueError."""
 
     read: Callable[[], float]
     joule: float
@@ -182,12 +183,19 @@ def nvml(gpu: str) -> Counters | None:
     if importlib.util.find_spec("pynvml") is None:
         return None
     pynvml: Any = importlib.import_module("pynvml")
+
+    def read() -> float:
+        try:
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+        except pynvml.NVMLError as error:
+            raise OSError(f"NVML: {error}") from None
+
+    counter = Counter(read, 1e-3)
     try:
         pynvml.nvmlInit()
         handle: Any = pynvml.nvmlDeviceGetHandleByUUID(gpu)
-        counter = Counter(lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)), 1e-3)
         counter.read()
-    except pynvml.NVMLError:
+    except (OSError, pynvml.NVMLError):
         return None
     return Counters("nvml", "device", "energy counter of the GPU (NVML)", [counter])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,10 +114,11 @@ def of_scheduler(folder: SweepFolder, sweep: Mapping[str, Any]) -> dict[str, Job
 def _ask(
     energies: Callable[[Sequence[str]], dict[str, tuple[float, float]]], ids: list[str]
 ) -> dict[str, tuple[float, float]]:
-    """Results are gathered wherever they are read: where the scheduler cannot be asked, it has counted nothing."""
+    """Results may be gathered where the scheduler cannot be asked: that is said, and energy stays absent."""
     try:
         return energies(ids)
-    except SaihError:
+    except SaihError as error:
+        logging.getLogger(__name__).warning("energy of the jobs stays absent: %s", error)
         return {}
 
 

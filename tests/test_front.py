@@ -68,11 +68,12 @@ def test_what_nobody_measured_is_called_so(tmp_path: Path) -> None:
 def test_energy_is_told_where_a_column_has_it(tmp_path: Path) -> None:
     one = study(tmp_path, Scenario(axes=(DATA.pick(["16"]),), repeat=2))
     work = one.samples[one.samples["warmup"] == 0].groupby("point")["units"].sum()
-    one.points["energy_rapl_j"] = work * 7.0
-    one.points["energy_rapl_scope"] = "package"
+    told = {"j": work * 7.0, "scope": "package", "how": "counters", "hz": 2.0, "window_s": 1.0}
+    for name, value in told.items():
+        one.points[f"energy_rapl_{name}"] = value
     row = front.row([one], "w", Counter())
     assert row.energy.value.startswith("7.00 J / ")
-    assert (row.energy.of, row.energy.certainty) == ("rapl", "package")
+    assert (row.energy.of, row.energy.certainty) == ("package, by rapl, 2.00/s", "7.00 to 7.00 J, 2 repeats")
 
 
 def test_kinds_are_told_apart_and_never_share_a_figure(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_every_figure_is_on_paper_and_none_is_cut(whole: Path, chromium: str, pa
         after = text[text.index(f"Figure {number[1]}.") :]
         for value in re.findall(r"<td[^>]*><b>([^<]+)</b>", figure):
             assert value in after, f"{value!r} of figure {number[1]} is on another page"
-        for label in re.findall(r'<text [^>]*style="[^"]*text-anchor: middle[^"]*"[^>]*>([^<]+)</text>', figure):
+        for label in re.findall(r'<text [^>]*style="[^"]*text-anchor:middle[^"]*"[^>]*>([^<]+)</text>', figure):
             assert label in after, f"{label!r} of figure {number[1]} is on another page"
 
 

@@ -24,7 +24,7 @@ def evaluate(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> dict
 
     A claim without a denominator is about the metric itself. Else the ratio is taken repeat by repeat between cells
     that differ in nothing else, as a geometric mean over such pairs. The interval is Student's t over the logarithms
-    of the repeats. Of several pairs, `series` has each by itself.
+    of the repeats. Of several pairs, `series` has each by itself; `points` are the rows of the flat table it rests on.
     """
     told: dict[str, Any] = {
         "name": claim.name,
@@ -38,6 +38,7 @@ def evaluate(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> dict
         "measured": None,
         "interval": None,
         "pairs": 0,
+        "points": [],
         "verdict": "not-measurable",
         "why": "",
         "series": [],
@@ -46,6 +47,7 @@ def evaluate(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> dict
     if isinstance(pairs, str):
         return told | {"why": pairs}
     told |= _ratio(claim, pairs) | {"pairs": int(pairs.groupby("repeat").size().max()), "series": _series(claim, pairs)}
+    told["points"] = sorted({int(point) for name in pairs if name.startswith("point") for point in pairs[name]})
     if told["interval"] is None:
         return told | {"why": "one repeat gives no interval; run with --repeat 3"}
     return told | _verdict(claim, *told["interval"])
@@ -87,7 +89,7 @@ def _verdict(claim: Claim, low: float, high: float) -> dict[str, str]:
 
 
 def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame | str:
-    """Columns repeat, ratio, predicted, label_<axis>: one row a pair of points; or why there are none."""
+    """Columns repeat, ratio, predicted, label_<axis>, point*: one row a pair of points; or why there are none."""
     axes = labels_of(points)
     where = {axis: label for axis, label in claim.where.items() if axis in axes or label not in ENDS}
     named = [*claim.numerator, *claim.denominator, *where]
@@ -103,13 +105,13 @@ def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.Dat
     top = _select(chosen, points, claim.numerator, fewest_rungs=2)
     rest = [f"label_{axis}" for axis in axes if axis not in claim.numerator]
     columns = [*rest, "repeat", claim.metric]
-    top = top[columns].assign(predicted=_prediction(points, top, claim.metric))
+    top = top[columns].assign(predicted=_prediction(points, top, claim.metric), point=top.index)
     if not claim.denominator:
         if top.empty:
             return f"no measured point at {_words(claim.numerator)}"
         return _in_every_repeat(top.assign(ratio=top[claim.metric], predicted=np.nan), rest)
     bottom = _select(chosen, points, claim.denominator, fewest_rungs=2)
-    bottom = bottom[columns].assign(predicted=_prediction(points, bottom, claim.metric))
+    bottom = bottom[columns].assign(predicted=_prediction(points, bottom, claim.metric), point=bottom.index)
     pairs = top.merge(bottom, on=[*rest, "repeat"], suffixes=("_top", "_bottom"))
     if pairs.empty:
         return f"no measured pair of {_words(claim.numerator)} and {_words(claim.denominator)}"
@@ -120,7 +122,7 @@ def _pairs(claim: Claim, points: pd.DataFrame, measured: pd.DataFrame) -> pd.Dat
         return "no pair was measured in every repeat; run the sweep again for the missing points"
     if set(claim.numerator.values()) == {"last"} and (kept["ratio"] == 1).all():
         return f"only one rung of {', '.join(claim.numerator)} is measured"
-    return kept[[*rest, "repeat", "ratio", "predicted"]]
+    return kept[[*rest, "repeat", "ratio", "predicted", "point_top", "point_bottom"]]
 
 
 def _as_claimed(points: pd.DataFrame, measured: pd.DataFrame, named: Sequence[str]) -> pd.Series:

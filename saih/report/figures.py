@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import io
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from saih.analysis.numbers import ABSENT, three
+from saih.report import vector
 
 SERIES_COLOURS = 6
 MOST_LINES = 2 * SERIES_COLOURS
@@ -167,6 +166,7 @@ def _scale(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel(panel.x.label)
     axes.set_ylabel(panel.y_label)
     axes.grid(color=RULE, linewidth=0.7)
+    axes.tick_params(which="both", bottom=False, left=False)
     axes.set_axisbelow(True)
 
 
@@ -197,33 +197,17 @@ def _plot(axes: Axes, line: Line, number: int, joined: bool) -> None:
 
 
 def _themed(svg: str, panel: Panel, name: str) -> str:
-    """Only the element, without metadata; with names for screen readers, ids of its own, and theme colours."""
-    body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    for place, line in enumerate(panel.lines):
-        body = _with_values(body, place, numbers_of(replace(panel, lines=[line])))
-    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
+    """Names for screen readers, values under the pointer, and colours that follow the page's theme."""
+    values = {
+        f"line-{place}": [_words(each) for each in numbers_of(replace(panel, lines=[line]))]
+        for place, line in enumerate(panel.lines)
+    }
+    body = vector.own(svg, name, panel.title, panel.description, values)
     for colour, variable in THEME.items():
         body = body.replace(colour, f"var({variable})")
-    body = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", body)
-    body = re.sub(r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), body)
-    ends = body.index(">")
-    opening = re.sub(r' (?:width|height|xmlns)="[^"]*"', "", body[:ends])
-    names = f'<title id="{name}-title">{html.escape(panel.title)}</title>'
-    names += f'<desc id="{name}-desc">{html.escape(panel.description)}</desc>'
-    told = f' role="img" aria-labelledby="{name}-title {name}-desc"'
-    return f"{opening}{told}>{names}{body[ends + 1 :]}".strip()
+    return body
 
 
-def _with_values(svg: str, place: int, told: Sequence[Number]) -> str:
-    """Each marker of a line says its value when the pointer rests on it; not where only some values have a marker."""
-    begins = svg.find(f'<g id="line-{place}">')
-    ends = svg.find("<g id=", svg.find("<use", begins)) if begins >= 0 else -1
-    group = svg[begins:ends]
-    markers = re.findall(r"<use [^>]*/>", group)
-    if begins < 0 or len(markers) != len(told):
-        return svg
-    for marker, each in zip(markers, told, strict=True):
-        words = f"{each.series} at {each.x}: {each.y}" + (f" ({each.interval})" if each.interval != ABSENT else "")
-        title = f"<title>{html.escape(words.strip())}</title>"
-        group = group.replace(marker, f"{marker[:-2]}>{title}</use>", 1)
-    return svg[:begins] + group + svg[ends:]
+def _words(each: Number) -> str:
+    interval = f" ({each.interval})" if each.interval != ABSENT else ""
+    return f"{each.series} at {each.x}: {each.y}{interval}".strip()

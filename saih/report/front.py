@@ -23,8 +23,6 @@ WORDS = {
     "transfer": "host link",
 }
 """Parts of a step that a buyer can buy faster -> what they are called on the front page."""
-ENERGY = ("meter", "slurm", "nvml", "nvidia_smi", "rapl")
-"""Sources of energy, those that see most of the machine first."""
 NOT_MEASURED = "not measured"
 NEGLIGIBLE = 0.005
 """A part with less of a step than this is not worth buying faster."""
@@ -182,17 +180,15 @@ def _verdict(study: Results, cell: str) -> Verdict | None:
 
 def _energy(study: Results, cell: str) -> Fact:
     """Joule for a unit of work, by the source that sees most of the machine; absent is absent."""
-    points = study.points[study.points["cell"] == cell]
-    for source in ENERGY:
-        column = f"energy_{source}_j"
-        known = points[column].dropna() if column in points else pd.Series(dtype=float)
-        if not known.empty:
-            timed = study.samples[(study.samples["warmup"] == 0) & study.samples["point"].isin(known.index)]
-            work = timed.groupby("point")["units"].sum()
-            per_work = (known / work).median()
-            scope = str(points.get(f"energy_{source}_scope", pd.Series([""])).iloc[0])
-            return Fact(f"{numbers.si(float(per_work), 'J')} / {study.work_unit.removesuffix('s')}", source, scope)
-    return Fact(NOT_MEASURED)
+    found = study.energy[study.energy["cell"] == cell]
+    if found.empty:
+        return Fact(NOT_MEASURED)
+    first = found.iloc[0]
+    value, low, high = (first[f"joule_per_work{end}"] for end in ("", "_low", "_high"))
+    repeats = numbers.plural(int(first["repeats"]), "repeat")
+    certainty = f"{numbers.span(low, high, 'J')}, {repeats}" if pd.notna(low) else f"{repeats}: no interval"
+    of = f"{first['scope']}, by {first['source']}, {numbers.three(first['hz'])}/s"
+    return Fact(f"{numbers.si(float(value), 'J')} / {study.work_unit.removesuffix('s')}", of, certainty)
 
 
 def _claims(studies: Sequence[Results]) -> dict[str, int]:

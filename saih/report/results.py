@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from saih import store, workload
+from saih.analysis import energy
 from saih.analysis.bottleneck import Verdict, verdicts
 from saih.analysis.cells import RATES, axes_of, is_whole, job_steps, per_cell, per_point
 from saih.analysis.claims import evaluate_all
@@ -94,6 +95,11 @@ class Results:
     def scaled(self) -> pd.DataFrame:
         """`scaling` of the undisturbed cells; empty where ranks do not vary."""
         return pd.DataFrame() if self.whole.empty else scaling(self.undisturbed, self.by_point)
+
+    @cached_property
+    def energy(self) -> pd.DataFrame:
+        """`saih.analysis.energy.per_cell`: a row a metered cell and source, from what measures most of the machine."""
+        return energy.per_cell(self.points, self.samples)
 
     @property
     def system(self) -> str:
