@@ -22,6 +22,7 @@ class Spec(Protocol):
     """What spec.py must define. It is planned with on login nodes: it imports nothing heavy, least of all torch.
 
     It may define TRADE_OFF besides, a `TradeOff`: what its report draws quality over speed-up from.
+    CHECK, a str: what its check holds to be true before anything is timed, for the reports.
     And ABLATIONS, those of `saih.core.PARTS` that its bench can take out of a step.
     """
 

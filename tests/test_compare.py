@@ -26,7 +26,7 @@ from tests.synthetic import Scenario, make
 
 
 def row(point: str, rate: float, repeat: int = 0, **rest: Any) -> dict[str, Any]:
-    known = {"workload": "app", "cell": f"c{point}", "nodes": 1.0, "emulated": False, "ranks": 1.0, "units": 4.0}
+    known = {"workload": "app", "cell": f"c{point}", "nodes": 1.0, "kind": "measured", "ranks": 1.0, "units": 4.0}
     return known | {"point": point, "repeat": repeat, "flop": 8.0, "work_per_s": rate, "label_data": point} | rest
 
 
@@ -161,9 +161,9 @@ def test_a_larger_problem_counts_by_how_much_larger_it_is() -> None:
         compare([a, b], {"app": Target(cell={"model": "w2"})})
 
 
-def test_only_points_that_all_have_are_compared_and_emulated_ones_never() -> None:
+def test_only_points_that_all_have_are_compared_and_only_measured_ones() -> None:
     a = system("a", [row("0", 1.0), row("1", 1.0), row("2", 1.0)])
-    b = system("b", [row("0", 2.0), row("2", 99.0, emulated=True), row("3", 99.0)])
+    b = system("b", [row("0", 2.0), row("2", 99.0, kind="emulated"), row("3", 99.0, kind="simulated")])
     found = compare([a, b], {})
     assert list(found.entries["app"]) == ["0"]
     assert found.left_out == {"a": 2, "b": 2}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from saih import store
+from saih.analysis import kinds
 from saih.core import Axis, Params, Point, Rung
 from saih.errors import SaihError
-from saih.report import committed, front, kinds, page, results, sides, spreads
+from saih.report import committed, front, gains, page, results, sides, spreads
 from saih.report.results import Results
 from tests.synthetic import DATA, MODEL, SITE, Outcome, Scenario, make
 
@@ -190,3 +192,36 @@ def test_points_that_failed_their_check_are_counted_beside_the_gains(tmp_path: P
     assert "no point here failed it" in shown(
         page.write(gathered(tmp_path, Scenario(axes=(DATA,), workload="cosmoflow"), "b"), tmp_path / "page.html")
     )
+
+
+GROWING = Scenario(
+    axes=(DATA, MODEL),
+    workload="cosmoflow",
+    step_s=lambda params: float(params["mesh"]) / 100,
+    repeat=3,
+    jitter=0.001,
+)
+
+
+def test_a_gain_says_how_it_came_about_and_whether_it_was_checked(tmp_path: Path) -> None:
+    timed = study(tmp_path, GROWING)
+    found = {each.claim["name"]: each for each in gains.best([timed])}
+    rises = found["percent-of-peak-rises-with-data"]
+    assert (rises.kind, rises.checked) == ("measured", "passed at all 12 points")
+    assert found["two-ranks-efficiency"].checked == "", "nothing was measured for it"
+    simulated = study(tmp_path, replace(GROWING, check=lambda params: {"simulated_s": 1.0}), "b")
+    (rises,) = (each for each in gains.best([simulated]) if each.claim["name"] == rises.claim["name"])
+    assert (rises.kind, rises.checked.partition(":")[0]) == ("simulated", gains.UNCHECKED)
+    text = shown(page.write(timed.path, tmp_path / "page.html"))
+    assert "Checked before timing: the loss falls on a fixed batch" in text
+    assert "passed at all 12 points" in text
+
+
+def test_the_best_evidence_of_several_files_counts_once(tmp_path: Path) -> None:
+    few = study(tmp_path, replace(GROWING, axes=(DATA, MODEL.pick(["w4"]))))
+    many = study(tmp_path, GROWING, "b")
+    for order in ([few, many], [many, few]):
+        found = {each.claim["name"]: each.study for each in gains.best(order)}
+        assert found["percent-of-peak-rises-with-data"] is many
+    text = shown(page.write([few.path, many.path], tmp_path / "page.html"))
+    assert "This sweep has nothing to say on:" in text

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from saih.analysis import kinds
 from saih.analysis.cells import is_whole, labels_of
 from saih.analysis.intervals import student_t
 from saih.errors import SaihError
@@ -70,7 +71,7 @@ class Comparison:
     targets: Mapping[str, Target]
     entries: Mapping[str, Mapping[str, Mapping[str, Entry]]]
     left_out: Mapping[str, int]
-    """System -> measured points that not all others have, or that are emulated."""
+    """System -> measured points that not all others have, or that are emulated or simulated."""
 
     @property
     def reference(self) -> str:
@@ -107,19 +108,18 @@ def measurements(points: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
     """What is compared of a results file, a row a repeat of cells as users run them; `repeats` is `per_point`.
 
     Columns: workload, point (equal for equal problems on equally many ranks), repeat, units, flop, work_per_s, nodes,
-    ranks, emulated, cell, and label_<axis>.
+    ranks, kind, cell, and label_<axis>.
     """
     table = repeats[is_whole(points.loc[repeats.index])]
     planned = points.loc[table.index]
     settings = [name for name in planned if name.startswith("param_")]
-    emulated = [name for name in settings if "emulated" in name and pd.api.types.is_numeric_dtype(planned[name])]
     return pd.DataFrame(
         {
             "workload": planned["workload"],
             "point": [_problem(row, settings) for row in planned.to_dict("records")],
             "cell": planned["cell"],
             "nodes": planned["param_nodes"],
-            "emulated": (planned[emulated].fillna(0) != 0).any(axis=1),
+            "kind": kinds.of_cells(planned),
             **{name: table[name] for name in ("repeat", "ranks", "units", "flop", "work_per_s")},
             **{f"label_{axis}": planned[f"label_{axis}"] for axis in labels_of(planned)},
         }
@@ -141,7 +141,7 @@ def _plain(value: Any) -> bool | float | str:
 
 def compare(systems: Sequence[System], targets: Mapping[str, Target]) -> Comparison:
     """The systems on their equal points; the first is the reference. SaihError where there is nothing to compare."""
-    usable = {each.name: each.rows[~each.rows["emulated"]] for each in systems}
+    usable = {each.name: each.rows[each.rows["kind"] == "measured"] for each in systems}
     entries: dict[str, dict[str, dict[str, Entry]]] = {}
     for workload in _shared(usable, "workload"):
         target = targets.get(workload, Target())

@@ -96,7 +96,7 @@ def _row(results: Results, verdict: Verdict) -> dict[str, Any]:
         "evidence": verdict.evidence,
         "cached": verdict.from_storage < CACHED_SHARE,
         "slowest": verdict.slowest,
-        "parts": [(part, _percent(share), share.ablated, _gain(share)) for part, share in visible.items()],
+        "parts": [(part, share.ablated, _percent(share), _gain(share)) for part, share in visible.items()],
     }
 
 
@@ -118,10 +118,11 @@ def _square(verdict: Verdict | None) -> tuple[str, str, bool]:
     return verdict.bottleneck, f"{100 * largest.of_step:.0f} %", verdict.certain
 
 
-def _percent(share: Share) -> str:
-    return f"{100 * share.of_step:.3g} %{numbers.bracketed(100 * share.low, 100 * share.high, ' %')}"
+def _percent(share: Share) -> tuple[str, str]:
+    """The value, and its interval."""
+    return f"{100 * share.of_step:.3g} %", numbers.bracketed(100 * share.low, 100 * share.high, " %").strip()
 
 
-def _gain(share: Share) -> str:
+def _gain(share: Share) -> tuple[str, str]:
     gain, low, high = share.gain_of_doubling()
-    return f"{gain:.2f} x{numbers.bracketed(low, high, ' x')}"
+    return f"{gain:.2f} x", numbers.bracketed(low, high, " x").strip()

@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from saih import __version__
-from saih.analysis import numbers
 from saih.analysis.compare import DRAWS, Comparison, Stability, ratio, scores, stability
-from saih.files import write_atomic
+from saih.report.environment import environment, write_page
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 KINDS = {"measurement": (True, False), "weights": (False, True), "both": (True, True)}
 """What is drawn again: repeats, weights."""
 
@@ -56,14 +52,10 @@ def tell(comparison: Comparison, energy: Mapping[str, Any], currency: str, seed:
 
 def write(told: Mapping[str, Any], output: Path) -> Path:
     """The page of `tell`'s data, whole or not at all."""
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    env = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    env.filters |= {"three": _three, "plural": numbers.plural, "seconds": lambda value: numbers.si(value, "s")}
-    text = env.get_template("comparison.html.j2").render(told=told, bars=_bars(told), version=__version__)
-    write_atomic(output, lambda file: file.write(text.encode()))
-    return output
+    first = max(told["systems"], key=lambda each: each["stability"]["both"]["first"])
+    template = environment().get_template("report/comparison.html.j2")
+    text = template.render(told=told, bars=_bars(told), first=first)
+    return write_page(text, output)
 
 
 def _application(comparison: Comparison, name: str) -> dict[str, Any]:
@@ -93,10 +85,6 @@ def _drawn(each: Stability) -> dict[str, float]:
 
 def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _three(value: float | None) -> str:
-    return numbers.ABSENT if value is None else numbers.three(value)
 
 
 def _bars(told: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 
 from saih.analysis import numbers
 from saih.analysis.bottleneck import CACHED_SHARE, Verdict
+from saih.report import gains
 from saih.report.results import Results
 from saih.report.tables import main_percentage
 
@@ -193,13 +193,5 @@ def _energy(study: Results, cell: str) -> Fact:
 
 def _claims(studies: Sequence[Results]) -> dict[str, int]:
     """Claims by verdict; one that several files were asked about counts once, by its best evidence."""
-    best: dict[str, dict[str, Any]] = {}
-    for claim in (each for one in studies for each in one.claims):
-        known = best.get(claim["name"])
-        if known is None or (claim["pairs"], claim["verdict"] != "not-measurable") > (
-            known["pairs"],
-            known["verdict"] != "not-measurable",
-        ):
-            best[claim["name"]] = claim
-    counted = Counter(claim["verdict"] for claim in best.values())
+    counted = Counter(str(each.claim["verdict"]) for each in gains.best(studies))
     return {verdict: counted[verdict] for verdict in ("holds", "fails", "not-measurable") if counted[verdict]}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import itertools
 import math
 import shlex
@@ -15,20 +13,17 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from saih import __version__
 from saih.analysis import numbers
 from saih.analysis.bottleneck import TIMED
 from saih.analysis.ceilings import unit
-from saih.files import write_atomic
 from saih.report import (
     asked,
     bottlenecks,
     committed,
     contention,
     curves,
-    figures,
     front,
-    kinds,
+    gains,
     roofline,
     second_ranks,
     sides,
@@ -38,15 +33,17 @@ from saih.report import (
     trends,
 )
 from saih.report.downloads import downloads
+from saih.report.environment import environment, write_page
 from saih.report.grid import layout
 from saih.report.results import Results, read
 from saih.report.summary import ceiling_intervals, chosen_ceilings, is_ceilings, plain, summarize
 
 KERNELS = "kernels"
 """The part of the ceilings whose cells, environment and downloads their page has; of the others it has the rates."""
-TEMPLATES = Path(__file__).parent.parent / "templates"
 GAUGE_FACTOR = 8
 """The gauge of a claim shows this factor to both sides of its target."""
+MOST_HEADLINES = 3
+"""Gains of one workload on the front page."""
 PARTS = (
     ("trade", "trade", "Quality over speed"),
     ("curves", "groups", "% of peak"),
@@ -81,17 +78,13 @@ def write(
     the same bytes.
     """
     paths = [results] if isinstance(results, Path) else list(results)
-    text = _render([read(path) for path in paths], ceilings, commitments).encode()
-    write_atomic(output, lambda file: file.write(text))
-    return output
+    return write_page(_render([read(path) for path in paths], ceilings, commitments), output)
 
 
 def write_ceilings(parts: Mapping[str, Path], output: Path, ceilings: Mapping[str, Any]) -> Path:
     """Write one page of all `ceilings` of a site, from the results file of each part of its probe."""
     found = {name: read(path) for name, path in parts.items()}
-    text = _render([found[KERNELS]], ceilings, (), found).encode()
-    write_atomic(output, lambda file: file.write(text))
-    return output
+    return write_page(_render([found[KERNELS]], ceilings, (), found), output)
 
 
 def headline(results: Path) -> str:
@@ -106,26 +99,10 @@ def _render(
     commitments: Sequence[committed.Commitment],
     parts: Mapping[str, Results] | None = None,
 ) -> str:
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {"three": numbers.three, "plural": numbers.plural, "numbers": figures.numbers_of}
-    env.globals |= {
-        "draw": lambda panel, prefix: Markup(figures.draw(panel, prefix)),  # noqa: S704 (it escapes what it writes)
-        "next_figure": itertools.count(1).__next__,
-        "kinds": kinds.KINDS,
-        "half_percent": spreads.HALF_PERCENT,
-        "gauge_factor": GAUGE_FACTOR,
-        "version": __version__,
-    }
-    style, script = ((TEMPLATES / "report" / name).read_text() for name in ("style.css", "script.js"))
+    env = environment()
+    env.globals |= {"half_percent": spreads.HALF_PERCENT, "gauge_factor": GAUGE_FACTOR}
     judgements = committed.judge(commitments, studies)
     workloads = _workloads(studies, ceilings, parts, env)
-    digest = hashlib.sha256(f"\n{script}".encode()).digest()
     return env.get_template("report/page.html.j2").render(
         title=_title(studies),
         several=len(studies) > 1,
@@ -134,19 +111,19 @@ def _render(
         sides=sides.sides(studies),
         judgements=judgements,
         workloads=workloads,
+        headlines=[(each, *_headlines(each["gains"])) for each in workloads],
         files=[one.path.name for one in studies],
         sheets={one.denominators["percent_of_datasheet"] for one in studies},
         devices={one.sweep["site"]["device"] for one in studies},
         ceiling_intervals=_merged(ceiling_intervals(one.sweep["ceilings"]) for one in studies),
-        style=Markup(style),  # noqa: S704 (our own file, as the script is)
-        script=Markup(script),  # noqa: S704
-        script_hash=base64.b64encode(digest).decode(),
     )
 
 
 def _title(studies: Sequence[Results]) -> str:
     names = list(dict.fromkeys(one.system for one in studies))
-    return f"AI performance of {', '.join(names)}, as the application grows"
+    whose = f"of {names[0]} " if len(names) == 1 else ""
+    systems = f": {numbers.plural(len(names), 'system')}" if len(names) > 1 else ""
+    return f"How AI performance {whose}changes as the application grows{systems}"
 
 
 def _merged(many: Any) -> dict[str, str]:
@@ -172,12 +149,21 @@ def _workloads(
         sections = []
         for one in mine:
             prefix = f"s{next(number)}-" if len(studies) > 1 else ""
-            content = _content(one, ceilings, parts or {"": one})
+            content = _content(one, ceilings, parts or {"": one}, len(mine) > 1)
             shown = [(f"{prefix}{anchor}", text) for anchor, key, text in PARTS if content[key]]
             level = 4 if len(mine) > 1 else 3
             html = Markup(template.render(content, prefix=prefix, level=level))  # noqa: S704 (escaped by the template)
             sections.append({"prefix": prefix, "name": one.path.stem, "parts": shown, "html": html})
-        told.append({"name": name, "title": mine[0].title, "anchor": f"workload-{place}", "studies": sections})
+        told.append(
+            {
+                "name": name,
+                "title": mine[0].title,
+                "anchor": f"workload-{place}",
+                "studies": sections,
+                "check": mine[0].check,
+                "gains": [_gain(each) for each in gains.best(mine) if each.claim["points"]],
+            }
+        )
     return told
 
 
@@ -201,7 +187,10 @@ def _systems(
     return told
 
 
-def _content(results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results]) -> dict[str, Any]:
+def _content(
+    results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results], several: bool
+) -> dict[str, Any]:
+    """What the template of a study wants; `several` files are about its workload."""
     probing = is_ceilings(results)
     groups, groups_left = ([], "") if probing else curves.percent_curves(results)
     maps, maps_left = ([], "") if probing else tables.heat_maps(results)
@@ -248,8 +237,8 @@ def _content(results: Results, ceilings: Mapping[str, Any] | None, parts: Mappin
         "trade": trade.section(results),
         "cells": tables.cell_rows(results),
         "intervals": sorted(results.measured["interval"].unique()),
-        "gauges": {claim["name"]: _gauge(claim) for claim in results.claims},
-        "claim_kinds": {claim["name"]: kinds.of_metric(claim["metric"]) for claim in results.claims},
+        "gains": [_gain(gains.gain(claim, results)) for claim in results.claims if claim["points"] or not several],
+        "gains_elsewhere": [claim["name"] for claim in results.claims if several and not claim["points"]],
         "checks_failed": int((results.points["kind"] == "check-failed").sum()),
         "troubles": troubles,
         "troubles_total": troubles_total,
@@ -262,7 +251,19 @@ def _content(results: Results, ceilings: Mapping[str, Any] | None, parts: Mappin
     }
 
 
-def _gauge(claim: Mapping[str, Any]) -> dict[str, Any] | None:
+def _headlines(told: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
+    """The first few gains whose paper states a figure, measured ones before the rest; and how many more there are."""
+    known = sorted((each for each in told if each["claim"]["paper"]), key=lambda each: front.ORDER.index(each["kind"]))
+    return known[:MOST_HEADLINES], len(known[MOST_HEADLINES:])
+
+
+def _gain(found: gains.Gain) -> dict[str, Any]:
+    """A claim as the templates want it."""
+    claim = found.claim
+    return {"claim": claim, "kind": found.kind, "checked": found.checked, "gauge": _gauge(claim, found.kind)}
+
+
+def _gauge(claim: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
     """Where the measured ratio and its interval stand around the target, 0 to 100 from worse to better; or None."""
     if not claim["measured"] or not claim["interval"] or min(claim["measured"], claim["target"]) <= 0:
         return None
@@ -273,8 +274,7 @@ def _gauge(claim: Mapping[str, Any]) -> dict[str, Any] | None:
         return 50 + 50 * max(-1.0, min(1.0, sign * powers))
 
     low, high = sorted(map(place, claim["interval"]))
-    simulated = kinds.of_metric(claim["metric"]) == "simulated"
-    return {"at": place(claim["measured"]), "low": low, "high": high, "simulated": simulated}
+    return {"at": place(claim["measured"]), "low": low, "high": high, "hollow": kind != "measured"}
 
 
 def _rates(results: Results, ceilings: Mapping[str, Any] | None, parts: Mapping[str, Results]) -> dict[str, Any]:

@@ -12,14 +12,13 @@ import numpy as np
 import pandas as pd
 
 from saih import store, workload
-from saih.analysis import energy
+from saih.analysis import energy, kinds
 from saih.analysis.bottleneck import Verdict, verdicts
 from saih.analysis.cells import RATES, axes_of, is_whole, job_steps, per_cell, per_point
 from saih.analysis.claims import evaluate_all
 from saih.analysis.scaling import scaling
 from saih.core import EXPERIMENTS, PHASES, Axis
 from saih.errors import SaihError
-from saih.report import kinds
 from saih.report.grid import words
 from saih.workload import Spec
 
@@ -113,6 +112,11 @@ class Results:
     @property
     def work_unit(self) -> str:
         return self.spec.WORK_UNIT if self.spec else "units of work"
+
+    @property
+    def check(self) -> str:
+        """What is held to be true of a point before it is timed; empty where nobody says."""
+        return str(getattr(self.spec, "CHECK", ""))
 
     @property
     def denominators(self) -> dict[str, str]:

@@ -195,5 +195,5 @@ def _notes(told: dict[str, Any]) -> list[str]:
     return [
         f"{first['system']} is first in {shares} of {told['draws']} draws; seed {told['seed']}",
         f"energy: {drawn}",
-        f"left out, for not being equal points or for being emulated: {left}",
+        f"left out, for not being equal points or not being measured (emulated, simulated): {left}",
     ]

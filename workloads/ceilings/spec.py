@@ -7,6 +7,7 @@ from saih.errors import SaihError
 
 TITLE = "Ceilings: what a device sustains on dense kernels and in memory, ranks between them, and a node on its storage"
 PAPER = "Empirical ceilings as in the Empirical Roofline Toolkit, Yang et al., arXiv:2009.05257; triad: STREAM"
+CHECK = "what each kernel computes or moves is right within the rounding of its precision"
 WORK_UNIT = "calls"
 
 VOXELS_PER_SIDE, BATCH, KERNEL_VOXELS = 16, 2, 27

@@ -13,6 +13,10 @@ PAPER = (
     "SAIH: Du et al., JCST 39(2):384-400, 2024, arXiv:2212.03410; "
     "network: CosmoFlow, Mathuriya et al., SC18, arXiv:1808.04728, as in MLPerf HPC v1.0 and later"
 )
+CHECK = (
+    "the loss falls on a fixed batch; on several ranks, or with other settings than the defaults, the gradients "
+    "are those of one plain rank on all batches joined"
+)
 WORK_UNIT = "samples"
 
 COARSEST_STAGES = 6

@@ -8,6 +8,7 @@ from workloads.cosmology.storages import DEFAULT_STORAGE, STORAGES, volumes_per_
 
 TITLE = "Loading: training volumes read from storage in random order, beside plain reading of the same files"
 PAPER = "SAIH: Du et al., JCST 39(2):384-400, 2024, arXiv:2212.03410: training keeps reading from the file system"
+CHECK = "the bytes that arrive add up as those of the files do; what is to be cold comes from storage"
 WORK_UNIT = "bytes"
 
 GENERATE_BYTES_PER_S = 40e6

@@ -12,6 +12,10 @@ from workloads.cosmology.storages import DEFAULT_STORAGE, LARGEST_CHUNK_BYTES, S
 
 TITLE = "Universes: dark-matter volumes from a linear power spectrum, by 2LPT or a particle mesh (generation)"
 PAPER = "2LPT: Scoccimarro, MNRAS 299, 1097, 1998; FastPM: Feng et al., MNRAS 463, 2273, 2016"
+CHECK = (
+    "counts have the mean they must have and, but for powerbox, on the longest waves the structure of their "
+    "linear field; slabs give the voxels of one rank"
+)
 WORK_UNIT = "bytes"
 
 WORD = {"fp32": 4, "fp64": 8}

@@ -16,6 +16,10 @@ from workloads.llm.stepcost import Batch
 
 TITLE = "AlignedServe: decoding in batches of like length out of a host pool, kept ready beside the running one"
 PAPER = "AlignedServe: SIGMOD 2026, doi:10.1145/3802009, arXiv:2605.23389"
+CHECK = (
+    "every token is the most likely one after its prompt and the tokens before it, says a plain full forward "
+    "pass; in simulated time, no request is lost"
+)
 WORK_UNIT = "tokens"
 
 VARIANTS = ("fcfs", "aligned", "aligned-noprefetch", "sorted-oracle")

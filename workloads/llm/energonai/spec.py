@@ -15,6 +15,10 @@ from workloads.llm.stepcost import Batch
 
 TITLE = "EnergonAI: prefill of a transformer over tensor-parallel ranks and pipeline stages under one controller"
 PAPER = "EnergonAI: Du, Liu, Fang, Li, Li, Lu, You, 2022, arXiv:2209.02341"
+CHECK = (
+    "every result is that of its own batch, and its logits are those of one process with the whole model; with "
+    "weights put away they are the same bits; emulated stages hand on the right batches"
+)
 WORK_UNIT = "valid tokens"
 
 MODELS = tuple(name for name in PRESETS if name.startswith("gpt-"))

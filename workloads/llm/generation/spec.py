@@ -22,6 +22,7 @@ TITLE = "Text generation: prefill, decode and continuous batching, beside engine
 PAPER = (
     "continuous batching: Orca, OSDI 2022; paged KV cache: vLLM, SOSP 2023; chunked prefill: Sarathi-Serve, OSDI 2024"
 )
+CHECK = "every token is the most likely one after its prompt and the tokens before it, says a plain full forward pass"
 WORK_UNIT = "tokens"
 
 ENGINES = ("saih", "hf-generate", "hf-continuous", "ctranslate2")

@@ -15,6 +15,10 @@ from workloads.llm.stepcost import Batch
 
 TITLE = "PAC: fine-tuning by parallel adapters beside a frozen backbone, from cached activations after the first epoch"
 PAPER = "Pluto and Charon: Ouyang, Ye, Zeng, Qian, Li, Chen, ICPP 2024, arXiv:2408.10746"
+CHECK = (
+    "logits before any step and gradients are those with the whole backbone in the graph, to the bit; losses from "
+    "the cache are those through the backbone, in fp32 on a CPU to the bit"
+)
 WORK_UNIT = "samples"
 
 VARIANTS = ("full", "full-ckpt", "lora", "adapter", "pa", "pa-cache")

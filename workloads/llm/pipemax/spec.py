@@ -14,6 +14,7 @@ from workloads.llm.stepcost import Batch
 
 TITLE = "PipeMax: batches that rotate over pipeline stages, with the keys and values of waiting ones on the host"
 PAPER = "PipeMax: Zhang, Wei, Jiang, Yan, Du, Chen, 2026, arXiv:2605.02189"
+CHECK = "every token is the most likely one after its prompt and the tokens before it, says a plain full forward pass"
 WORK_UNIT = "tokens"
 
 VARIANTS = ("tp", "tp-offload", "pp-resident", "td-pipe", "pipemax", "pipemax-static")

@@ -13,6 +13,10 @@ TITLE = "Chorus: latents shared between similar requests, throughput and what it
 PAPER = (
     "Chorus, arXiv:2604.04451, 2026; no public code: boundaries, regions and amplification are this project's reading"
 )
+CHECK = (
+    "what is computed in full is the plain loop's, bit for bit; a request resumed from itself gives itself; "
+    "serving again gives the same videos"
+)
 WORK_UNIT = "requests"
 
 STORED = ("nirvana", "chorus-stage1", "chorus")

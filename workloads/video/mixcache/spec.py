@@ -10,6 +10,10 @@ from workloads.video import options, shapes
 
 TITLE = "MixCache: step, CFG and block caches in one video denoise, speed at equal quality"
 PAPER = "MixCache, arXiv:2508.12691, 2025; no public code: trigger and decision are this project's reading"
+CHECK = (
+    "the model in parts is the model, and the uncached run the reference, bit for bit; two runs are equal; "
+    "quality is measured, not judged"
+)
 WORK_UNIT = "plain forwards"
 """A video is worth the forwards that plain fewer steps need to be as close to the uncached one."""
 

@@ -8,6 +8,10 @@ from workloads.video import options, pair, shapes
 
 TITLE = "SRDiffusion: a large model sketches a video, a small one renders it, against the large one alone"
 PAPER = "SRDiffusion, arXiv:2505.19151, 2025; the switch rule as a public port states it, on steps rather than forwards"
+CHECK = (
+    "the models in parts are the models, and the large one alone the reference, bit for bit; two runs are equal; "
+    "quality is measured, not judged"
+)
 WORK_UNIT = "large forwards"
 """Counted work: a forward of the small model is as much of one as its FLOP are."""
 
