@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from saih.errors import SaihError
 from saih.timing import Unclocked
 from workloads.llm.config import preset
-from workloads.llm.pac.batch import Batch, epoch_batches
+from workloads.llm.pac.batch import Batch, joined_batches
 from workloads.llm.pac.cache import open_cache
 from workloads.llm.pac.collaborate import Collaboration
 from workloads.llm.pac.pipeline import Pipeline
@@ -135,8 +135,7 @@ def recipe_of(rank: int, world: int) -> Recipe:
 
 def joined(epoch: int, world: int) -> list[Batch]:
     """The mini-batches of all ranks."""
-    parts = [epoch_batches(SAMPLES, 8, 4, epoch, rank, world) for rank in range(world)]
-    return [DATA.batch(tuple(chain(*each))) for each in zip(*parts, strict=True)]
+    return [DATA.batch(samples) for samples in joined_batches(SAMPLES, 8, 4, epoch, world)]
 
 
 def epochs_of_one_process(world: int) -> tuple[list[float], dict[str, Tensor]]:
@@ -173,8 +172,9 @@ def epochs(rank: int, folder: str) -> None:
         assert trained.keys() == weights.keys()
         far = max(float((trained[n].detach() - weights[n]).abs().max()) for n in weights if "qkv.bias" not in n)
         found.append([losses, max(abs(a - b) for a, b in zip(losses, wanted, strict=True)), far])
-        assert both.exchange is not None
-        sent = both.exchange.sent_bytes
+        exchange = both.done[0].exchange
+        assert exchange is not None
+        sent = exchange.sent_bytes
         both.reset()
     both.close()
     (Path(folder) / f"found{rank}.json").write_text(json.dumps([*found, sent]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -55,6 +56,12 @@ class DataSet:
         ids_T = torch.cat([self.ids[sample] for sample in samples]).to(device)
         labels_B = torch.tensor([self.labels[sample] for sample in samples], device=device)
         return Batch(tuple(samples), tuple(len(self.ids[sample]) for sample in samples), ids_T, labels_B)
+
+
+def joined_batches(samples: Sequence[int], batch: int, seed: int, epoch: int, world: int) -> list[tuple[int, ...]]:
+    """The mini-batches of an epoch as all ranks together have them: parts of `epoch_batches`, rank by rank."""
+    parts = [epoch_batches(samples, batch, seed, epoch, rank, world) for rank in range(world)]
+    return [tuple(chain(*each)) for each in zip(*parts, strict=True)]
 
 
 def epoch_batches(

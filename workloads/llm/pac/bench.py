@@ -17,7 +17,8 @@ from saih.timing import Unclocked
 from workloads.llm.model import Stage
 from workloads.llm.pac import memory, planned, spec, tasks
 from workloads.llm.pac.batch import Batch, DataSet
-from workloads.llm.pac.cache import ActivationCache, cache_key, fingerprint, open_cache
+from workloads.llm.pac.cache import ActivationCache, fingerprint, open_rank_cache
+from workloads.llm.pac.joint import JointEpochs
 from workloads.llm.pac.prune import start_pruned
 from workloads.llm.pac.stages import Settings, SideTuned, make
 from workloads.llm.pac.training import FineTuning, Recipe
@@ -37,8 +38,10 @@ def setup(point: Point, context: Context) -> Bench:
     """The model, the data and the cache; for layouts with a plan, the pipeline."""
     settings, recipe = settings_of(point, context.device), recipe_of(point, context)
     data = data_of(point.params, point.seed)
+    if point.params["span"] == "mini-batch":
+        return planned.MiniBatches(point, context, settings, data, recipe)
     if spec.planned(point.params):
-        return planned.setup(point, context, settings, data, range(int(point.params["samples"])), recipe)
+        return JointEpochs(point, context, settings, data, recipe)
     return Epochs(point, context, settings, data, recipe)
 
 
@@ -140,16 +143,19 @@ class Epochs:
         return FineTuning(stage, self.data, samples, self.recipe, cache)
 
     def _cache(self, backbone: Stage, samples: Sequence[int], name: str) -> ActivationCache:
-        params, model, recipe = self.params, self.settings.spec, self.recipe
-        precision, data = str(params["cache_dtype"]), self.data
-        ids = [data.ids[sample] for sample in samples]
-        key = cache_key(fingerprint(backbone), data.tokenisation, ids, precision)
-        lens = {sample: len(data.ids[sample]) for sample in samples[recipe.rank :: recipe.world]}
-        path = None
-        if params["tier"] == "disk":
-            about = f"{params['model']}-{params['task']}-{params['samples']}x{params['length']}-{precision}"
-            path = self.data_folder / "pac" / f"{name}-{about}-{recipe.rank}-of-{recipe.world}.h5"
-        cache = open_cache(path, key, lens, model.layers + 1, model.hidden, precision, self.settings.device)
+        settings, recipe = self.settings, self.recipe
+        cache = open_rank_cache(
+            self.data_folder,
+            self.params,
+            self.data,
+            samples,
+            fingerprint(backbone),
+            points=settings.spec.layers + 1,
+            width=settings.spec.hidden,
+            place=(recipe.rank, recipe.world),
+            device=settings.device,
+            name=name,
+        )
         if cache.tier.why_rebuilt:
             self.notes.append(f"the cache was made anew: {cache.tier.why_rebuilt}")
         return cache

@@ -19,7 +19,7 @@ WORK_UNIT = "samples"
 
 VARIANTS = ("full", "full-ckpt", "lora", "adapter", "pa", "pa-cache")
 LAYOUTS = ("single", "dp", "pp", "even", "hybrid")
-SPANS = ("first", "later", "whole")
+SPANS = ("mini-batch", "first", "later", "whole")
 MINILM = "minilm-l6"
 MODELS = (
     "bert-tiny",
@@ -56,7 +56,7 @@ PARAMETERS = (
     Parameter("micro_batches", 4, "micro-batches", "of a mini-batch, in pipelines", minimum=1),
     Parameter("task", "synthetic", "", "what is learned: a made-up language, or news", choices=("synthetic", "news")),
     Parameter("head", "classes", "", "what is predicted: a class, or the next token", choices=("classes", "lm")),
-    Parameter("span", "later", "", "a step: the first epoch, a later one, all of them", choices=SPANS),
+    Parameter("span", "later", "", "a step: of epoch 1 a mini-batch or all, a later one, a run", choices=SPANS),
     Parameter("epochs", 3, "epochs", "of a whole fine-tuning", minimum=1),
     Parameter("samples", 48, "samples", "trained on in an epoch", minimum=1),
     Parameter("tests", 0, "samples", "the check trains, then tells the accuracy on so many others; 0: no", minimum=0),
@@ -185,7 +185,7 @@ CLAIMS = (
         {"variant": "lora"},
         {"variant": "pa-cache"},
         7.0,
-        where={"layout": "pp"},
+        where={"layout": "pp", "span": "mini-batch"},
         bound=8.0,
     ),
     *(
@@ -249,6 +249,7 @@ def shape(params: Params) -> Shape:
         raise SaihError(f"layout=single is for one rank; nodes x gpus = {ranks}, choose dp, pp, even or hybrid")
     if params["layout"] in ("pp", "even", "hybrid") and ranks == 1:
         raise SaihError(f"layout={params['layout']} needs more than one rank; set gpus=2 or more")
+    _refuse_spans(params)
     if samples % ranks or batch % ranks:
         raise SaihError(f"samples={samples} and batch={batch} cannot be shared evenly by {ranks} ranks")
     if batch > samples:
@@ -266,14 +267,33 @@ def shape(params: Params) -> Shape:
     mean = round(int(params["length"]) * float(params["valid"])) if params["task"] == "synthetic" else params["length"]
     cached = variant == "pa-cache"
     whole = int(params["epochs"])
-    epochs = {"first": (1, 0), "later": (0, 1) if cached else (1, 0), "whole": (1, whole - 1) if cached else (whole, 0)}
+    epochs = {
+        "mini-batch": (1, 0),
+        "first": (1, 0),
+        "later": (0, 1) if cached else (1, 0),
+        "whole": (1, whole - 1) if cached else (whole, 0),
+    }
     side = side_spec(model, int(params["reduction"]))
     lens = (int(mean),) * (batch // ranks)
     return Shape(model, side, ranks, lens, math.ceil(samples / batch), epochs[str(params["span"])])
 
 
+def _refuse_spans(params: Params) -> None:
+    """Raises SaihError where a layout or a cluster has no such span."""
+    if params["span"] == "mini-batch" and not planned(params):
+        raise SaihError(
+            "span=mini-batch is one on a plan; set layout=pp, even or hybrid, or a cluster, or another span"
+        )
+    if params["span"] != "mini-batch" and params["cluster"] != "none":
+        raise SaihError(
+            f"cluster={params['cluster']} emulates mini-batches of the first epoch alone; set span=mini-batch"
+        )
+    if planned(params) and int(params["tests"]):
+        raise SaihError("tests need a whole backbone on a rank: set layout=single or dp, or tests=0")
+
+
 def cost(params: Params) -> Cost:
-    """Of one step on one rank: one mini-batch of the first epoch where a plan is carried out, else the span's epochs.
+    """Of one step on one rank: the span's epochs, or one mini-batch of the first.
 
     `flop` counts what the variant has to compute: the forward pass of the backbone where it is needed, gradients of
     inputs down to what trains, gradients of what trains.
@@ -281,7 +301,7 @@ def cost(params: Params) -> Cost:
     the = shape(params)
     backbone_epochs, cached_epochs = the.epochs
     steps = (the.batches * backbone_epochs, the.batches * cached_epochs)
-    if planned(params):
+    if params["span"] == "mini-batch":
         steps = (1, 0)
     operations = _step(params, the, cached=False) * steps[0] + _step(params, the, cached=True) * steps[1]
     count = sum(steps)

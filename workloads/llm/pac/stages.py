@@ -120,11 +120,13 @@ class SideTuned(nn.Module):
 
     carries = "a"
 
-    def __init__(self, settings: Settings, layers: range) -> None:
+    def __init__(self, settings: Settings, layers: range, backbone: bool = True) -> None:
         super().__init__()
         self.settings, self.layers = settings, layers
-        self.backbone: Stage | None = make_backbone(settings, layers, head=False).requires_grad_(False)
-        """None once a cache has what it puts out."""
+        self.backbone: Stage | None = None
+        """None where a cache has what it puts out."""
+        if backbone:
+            self.backbone = make_backbone(settings, layers, head=False).requires_grad_(False)
         made = Make(torch.device(settings.device), torch.float32)
         self.ladder = Ladder(settings.spec, layers, settings.reduction, settings.gated, made, settings.seed)
         self.first, self.last = layers.start == 0, layers.stop == settings.spec.layers
