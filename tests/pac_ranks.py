@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from saih import workload
+from saih.core import Context, Place, Point
 from saih.errors import SaihError
 from saih.timing import Unclocked
 from workloads.llm.config import preset
@@ -212,6 +214,40 @@ def dies(step: int) -> None:
         return whole(*args, **kwargs)
 
     torch.optim.AdamW.step = fatal  # type: ignore[method-assign]
+
+
+JOINT = {
+    "pa-cache pp": {"variant": "pa-cache", "layout": "pp"},
+    "pa-cache gpipe": {"variant": "pa-cache", "layout": "pp", "schedule": "gpipe", "tier": "disk", "head": "lm"},
+    "lora pp": {"variant": "lora", "layout": "pp"},
+    "pa hybrid": {"variant": "pa", "layout": "hybrid"},
+}
+"""Whole runs by the workload's bench."""
+
+
+def joint(rank: int, folder: str) -> None:
+    """Each of them on two ranks: numbers and notes of its check, losses of the check and of two steps."""
+    join(rank, folder, 2)
+    found = {}
+    for name, changes in JOINT.items():
+        tiny = {"model": "gpt-tiny", "gpus": 2, "span": "whole", "samples": 16, "length": 12, "micro_batches": 2}
+        known = workload.parameters(workload.spec("pac"))
+        point = Point("pac", {each.name: each.default for each in known.values()} | tiny | changes)
+        bench: Any = workload.bench("pac").setup(point, Context(Place(rank, rank, 2), "cpu", folder))
+        check = bench.check()
+        assert check.passed, check.why
+        losses = []
+        for _ in range(2):
+            assert bench.step(Unclocked()).units == 3 * 16 / 2
+            losses.append([each.losses for each in bench.together.done])
+        ids, stages = bench.data.ids, bench.plan.stages
+        points = [len(stage.layers) + (stage.layers.start == 0) for stage in stages]
+        tokens = [sum(len(ids[sample]) for sample in bench.samples[other::2]) for other in (1, 0)]
+        expected = sum(4 * SPEC.hidden * p * t for p, t in zip(points, tokens, strict=False))
+        found[name] = [dict(check.numbers) | {"expected_bytes": expected}, check.notes, losses]
+        bench.close()
+    (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 def exchange(rank: int, folder: str) -> None:

@@ -94,7 +94,7 @@ class JointEpochs:
         return Check(passed, numbers, why, self._notes(done))
 
     def close(self) -> None:
-        """All ranks part. A whole cache on the disk stays; of the finished epochs nothing does, unless a rank is lost."""
+        """All ranks part. A whole cache on the disk stays; finished epochs stay only if a rank is lost."""
         if not self.lost:
             self.together.forget()
             self.together.close()
