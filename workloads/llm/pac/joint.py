@@ -141,7 +141,7 @@ class JointEpochs:
             numbers = torch.tensor([max(apart), apart.count(0.0) / len(apart)], dtype=torch.float64)
         with self.together.watch.during("the check of its losses"):
             dist.broadcast(numbers, 0)
-        return dict(zip(("loss_difference", "same_losses"), numbers.tolist(), strict=True))
+        return dict(zip(("loss_difference", "same_as_one_rank"), numbers.tolist(), strict=True))
 
     def _of_one_rank(self, epochs: int) -> list[float]:
         """Losses of all mini-batches, in the order in which the ranks together have them."""
