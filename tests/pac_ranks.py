@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from saih import workload
+from saih.core import Context, Place, Point
 from saih.errors import SaihError
 from saih.timing import Unclocked
 from workloads.llm.config import preset
-from workloads.llm.pac.batch import Batch, epoch_batches
+from workloads.llm.pac.batch import Batch, joined_batches
 from workloads.llm.pac.cache import open_cache
 from workloads.llm.pac.collaborate import Collaboration
 from workloads.llm.pac.pipeline import Pipeline
@@ -135,8 +137,7 @@ def recipe_of(rank: int, world: int) -> Recipe:
 
 def joined(epoch: int, world: int) -> list[Batch]:
     """The mini-batches of all ranks."""
-    parts = [epoch_batches(SAMPLES, 8, 4, epoch, rank, world) for rank in range(world)]
-    return [DATA.batch(tuple(chain(*each))) for each in zip(*parts, strict=True)]
+    return [DATA.batch(samples) for samples in joined_batches(SAMPLES, 8, 4, epoch, world)]
 
 
 def epochs_of_one_process(world: int, optimizer: Optimizer, stage: SideTuned | Tuned) -> list[float]:
@@ -207,8 +208,9 @@ def epochs(rank: int, folder: str) -> None:
         assert trained.keys() == weights.keys()
         far = max(float((trained[n].detach() - weights[n]).abs().max()) for n in weights if "qkv.bias" not in n)
         found.append([losses, max(abs(a - b) for a, b in zip(losses, wanted, strict=True)), far])
-        assert both.exchange is not None
-        sent = both.exchange.sent_bytes
+        exchange = both.done[0].exchange
+        assert exchange is not None
+        sent = exchange.sent_bytes
         both.reset()
     both.close()
     (Path(folder) / f"found{rank}.json").write_text(json.dumps([*found, sent]))
@@ -246,6 +248,40 @@ def dies(step: int) -> None:
         return whole(*args, **kwargs)
 
     torch.optim.AdamW.step = fatal  # type: ignore[method-assign]
+
+
+JOINT = {
+    "pa-cache pp": {"variant": "pa-cache", "layout": "pp"},
+    "pa-cache gpipe": {"variant": "pa-cache", "layout": "pp", "schedule": "gpipe", "tier": "disk", "head": "lm"},
+    "lora pp": {"variant": "lora", "layout": "pp"},
+    "pa hybrid": {"variant": "pa", "layout": "hybrid"},
+}
+"""Whole runs by the workload's bench."""
+
+
+def joint(rank: int, folder: str) -> None:
+    """Each of them on two ranks: numbers and notes of its check, losses of the check and of two steps."""
+    join(rank, folder, 2)
+    found = {}
+    for name, changes in JOINT.items():
+        tiny = {"model": "gpt-tiny", "gpus": 2, "span": "whole", "samples": 16, "length": 12, "micro_batches": 2}
+        known = workload.parameters(workload.spec("pac"))
+        point = Point("pac", {each.name: each.default for each in known.values()} | tiny | changes)
+        bench: Any = workload.bench("pac").setup(point, Context(Place(rank, rank, 2), "cpu", folder))
+        check = bench.check()
+        assert check.passed, check.why
+        losses = []
+        for _ in range(2):
+            assert bench.step(Unclocked()).units == 3 * 16 / 2
+            losses.append([each.losses for each in bench.together.done])
+        ids, stages = bench.data.ids, bench.plan.stages
+        points = [len(stage.layers) + (stage.layers.start == 0) for stage in stages]
+        tokens = [sum(len(ids[sample]) for sample in bench.samples[other::2]) for other in (1, 0)]
+        expected = sum(4 * SPEC.hidden * p * t for p, t in zip(points, tokens, strict=False))
+        found[name] = [dict(check.numbers) | {"expected_bytes": expected}, check.notes, losses]
+        bench.close()
+    (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 def exchange(rank: int, folder: str) -> None:

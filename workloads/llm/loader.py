@@ -16,7 +16,6 @@ from torch import Tensor
 
 from saih.errors import SaihError
 from workloads.llm.config import ModelSpec
-from workloads.llm.model import Stage
 from workloads.llm.shard import Piece
 
 _LLAMA = {
@@ -82,11 +81,49 @@ _BERT = {
     "head": "cls.predictions.decoder",
     "head.bias": "cls.predictions.bias",
 }
-NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "opt": _OPT, "gpt2": _GPT2, "bert": _BERT}
+_T5 = {
+    "tokens": "shared",
+    **{
+        f"{stack}{ours}": f"{stack}.block.{theirs}"
+        for stack, last in (("encoder", 1), ("decoder", 2))
+        for ours, theirs in {
+            ".#.attn_norm": "#.layer.0.layer_norm",
+            ".#.attn.qkv.q": "#.layer.0.SelfAttention.q",
+            ".#.attn.qkv.k": "#.layer.0.SelfAttention.k",
+            ".#.attn.qkv.v": "#.layer.0.SelfAttention.v",
+            ".#.attn.out": "#.layer.0.SelfAttention.o",
+            "_distances": "0.layer.0.SelfAttention.relative_attention_bias.weight",
+            ".#.mlp_norm": f"#.layer.{last}.layer_norm",
+            ".#.mlp.up.up": f"#.layer.{last}.DenseReluDense.wi",
+            ".#.mlp.down": f"#.layer.{last}.DenseReluDense.wo",
+        }.items()
+    },
+    "decoder.#.cross_norm": "decoder.block.#.layer.1.layer_norm",
+    "decoder.#.cross.q": "decoder.block.#.layer.1.EncDecAttention.q",
+    "decoder.#.cross.kv.k": "decoder.block.#.layer.1.EncDecAttention.k",
+    "decoder.#.cross.kv.v": "decoder.block.#.layer.1.EncDecAttention.v",
+    "decoder.#.cross.out": "decoder.block.#.layer.1.EncDecAttention.o",
+    "encoder_norm": "encoder.final_layer_norm",
+    "final_norm": "decoder.final_layer_norm",
+}
+NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "opt": _OPT, "gpt2": _GPT2, "bert": _BERT, "t5": _T5}
 """Family -> our module -> theirs; # is the layer. A full name of a parameter goes before that of its module."""
 
 
-def load(stage: Stage, folder: Path | str) -> int:
+class Sliced(Protocol):
+    """A stage, or anything else that says which slices of which tensors it holds."""
+
+    def pieces(self) -> Iterator[Piece]: ...
+
+
+class Described(Sliced, Protocol):
+    """One that says besides which model it is of."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+
+def load(stage: Described, folder: Path | str) -> int:
     """Read this stage's slices of a checkpoint folder (config.json, *.safetensors, an index if sharded).
 
     Returns the bytes read. Raises SaihError if a tensor is missing or has another shape than the spec says.
@@ -107,7 +144,7 @@ def load(stage: Stage, folder: Path | str) -> int:
     return read
 
 
-def state_dict(stage: Stage) -> dict[str, Tensor]:
+def state_dict(stage: Described) -> dict[str, Tensor]:
     """The weights of a whole model as a Hugging Face checkpoint names and shapes them: what `load` would read."""
     found: dict[str, Tensor] = {}
     for piece in stage.pieces():
@@ -200,12 +237,6 @@ def _find(key: str, tensors: dict[str, Any], folder: Path | str) -> str:
 
 CHUNK = 1 << 22
 """Elements made at a time."""
-
-
-class Sliced(Protocol):
-    """A stage, or anything else that says which slices of which tensors it holds."""
-
-    def pieces(self) -> Iterator[Piece]: ...
 
 
 def random_init(stage: Sliced, seed: int, std: float = 0.02) -> None:

@@ -78,7 +78,7 @@ class Ladder(nn.Module):
                 if name == "up.weight" or name.endswith("gate"):
                     parameter.zero_()
 
-    def start(self, e_TD: Tensor) -> Tensor:
+    def start(self, e_TD: Tensor, meta: AttnMeta) -> Tensor:
         """a_0 of the embeddings."""
         a_TS: Tensor = self.down(e_TD)
         return a_TS

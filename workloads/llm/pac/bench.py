@@ -16,10 +16,13 @@ from saih.core import Bench, Check, Clock, Context, Params, Point, Work
 from saih.timing import Unclocked
 from workloads.llm.model import Stage
 from workloads.llm.pac import memory, planned, spec, tasks
+from workloads.llm.pac.adapters import Ladder
 from workloads.llm.pac.batch import Batch, DataSet
-from workloads.llm.pac.cache import ActivationCache, cache_key, fingerprint, open_cache
+from workloads.llm.pac.cache import ActivationCache, fingerprint, open_rank_cache
+from workloads.llm.pac.joint import JointEpochs
 from workloads.llm.pac.prune import start_pruned
-from workloads.llm.pac.stages import Settings, SideTuned, make
+from workloads.llm.pac.stages import Settings, SideTuned, layer_rows, make
+from workloads.llm.pac.t5spec import T5Spec
 from workloads.llm.pac.training import FineTuning, Recipe
 
 CHECKED_BATCHES = 2
@@ -37,8 +40,10 @@ def setup(point: Point, context: Context) -> Bench:
     """The model, the data and the cache; for layouts with a plan, the pipeline."""
     settings, recipe = settings_of(point, context.device), recipe_of(point, context)
     data = data_of(point.params, point.seed)
+    if point.params["span"] == "mini-batch":
+        return planned.MiniBatches(point, context, settings, data, recipe)
     if spec.planned(point.params):
-        return planned.setup(point, context, settings, data, range(int(point.params["samples"])), recipe)
+        return JointEpochs(point, context, settings, data, recipe)
     return Epochs(point, context, settings, data, recipe)
 
 
@@ -53,7 +58,7 @@ def settings_of(point: Point, device: str) -> Settings:
         params["ladder"] == "gated",
         int(params["lora_rank"]),
         int(params["bottleneck"]),
-        str(minilm_folder()) if params["model"] == spec.MINILM else "",
+        str(params["checkpoint"]) or (str(minilm_folder()) if params["model"] == spec.MINILM else ""),
         point.seed,
         device,
     )
@@ -75,8 +80,9 @@ def data_of(params: Params, seed: int) -> DataSet:
     samples, length = sum(int(params[name]) for name in ("samples", "validation", "tests")), int(params["length"])
     if params["task"] == "news":
         return tasks.news(samples, length, minilm_folder() / "tokenizer.json", seed)
-    vocab, classes = spec.model_of(params).vocab, int(params["classes"])
-    return tasks.synthetic(samples, length, float(params["valid"]), vocab, classes, seed)
+    model, classes = spec.model_of(params), int(params["classes"])
+    answered = isinstance(model, T5Spec)
+    return tasks.synthetic(samples, length, float(params["valid"]), model.vocab, classes, seed, answered)
 
 
 class Epochs:
@@ -133,23 +139,26 @@ class Epochs:
         stage = make(settings)
         if self.params["side_start"] == "pruned" and isinstance(stage, SideTuned):
             batches = [self._batch(number) for number in range(FISHER_BATCHES)]
-            start_pruned(stage.ladder, cast(Stage, stage.backbone), settings, batches)
+            start_pruned(cast(Ladder, stage.ladder), cast(Stage, stage.backbone), settings, batches)
         cache = None
         if settings.variant == "pa-cache":
             cache = self._cache(cast(Stage, cast(SideTuned, stage).backbone), samples, name)
         return FineTuning(stage, self.data, samples, self.recipe, cache)
 
     def _cache(self, backbone: Stage, samples: Sequence[int], name: str) -> ActivationCache:
-        params, model, recipe = self.params, self.settings.spec, self.recipe
-        precision, data = str(params["cache_dtype"]), self.data
-        ids = [data.ids[sample] for sample in samples]
-        key = cache_key(fingerprint(backbone), data.tokenisation, ids, precision)
-        lens = {sample: len(data.ids[sample]) for sample in samples[recipe.rank :: recipe.world]}
-        path = None
-        if params["tier"] == "disk":
-            about = f"{params['model']}-{params['task']}-{params['samples']}x{params['length']}-{precision}"
-            path = self.data_folder / "pac" / f"{name}-{about}-{recipe.rank}-of-{recipe.world}.h5"
-        cache = open_cache(path, key, lens, model.layers + 1, model.hidden, precision, self.settings.device)
+        settings, recipe = self.settings, self.recipe
+        cache = open_rank_cache(
+            self.data_folder,
+            self.params,
+            self.data,
+            samples,
+            fingerprint(backbone),
+            points=settings.spec.layers + 1,
+            width=settings.spec.hidden,
+            place=(recipe.rank, recipe.world),
+            device=settings.device,
+            name=name,
+        )
         if cache.tier.why_rebuilt:
             self.notes.append(f"the cache was made anew: {cache.tier.why_rebuilt}")
         return cache
@@ -201,9 +210,8 @@ class Epochs:
             up.copy_(torch.linspace(-0.1, 0.1, up.numel(), device=up.device).view_as(up))
         apart = torch.autograd.grad(stage.loss(stage(stage.start(batch.ids_T, meta), meta), batch, meta), trained)
         backbone = cast(Stage, stage.backbone)
-        taps, by = [backbone.embed(batch.ids_T, meta).requires_grad_(True)], backbone.rotation(meta)
-        for block in backbone.layers.values():
-            taps.append(block(taps[-1], meta, by))
+        e_TD = backbone.embed(batch.ids_T, meta).requires_grad_(True)
+        taps = [e_TD, *layer_rows(backbone, e_TD, meta)]
         inside = torch.autograd.grad(stage.loss(stage.from_taps(taps, meta), batch, meta), trained)
         return max(float((a - b).abs().max()) for a, b in zip(apart, inside, strict=True))
 

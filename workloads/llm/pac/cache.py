@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saih.core import Params
+from workloads.llm.pac.batch import DataSet
 from workloads.llm.pac.cachefile import CacheFile
 from workloads.llm.pac.encoding import Encoded, decode_into, encode
 
@@ -157,6 +159,33 @@ def _put(ready: queue.Queue[Tensor | Exception], item: Tensor | Exception, aband
         with contextlib.suppress(queue.Full):
             ready.put(item, timeout=0.1)
             return
+
+
+def open_rank_cache(
+    root: Path,
+    params: Params,
+    data: DataSet,
+    samples: Sequence[int],
+    backbone: Tensor,
+    *,
+    points: int,
+    width: int,
+    place: tuple[int, int],
+    device: str,
+    name: str = "cache",
+) -> ActivationCache:
+    """Of samples[rank::world], place = (rank, world), in the tier of the point's params; files lie below `root`.
+
+    `samples`: of all ranks. `backbone`: its fingerprint.
+    """
+    (rank, world), precision = place, str(params["cache_dtype"])
+    key = cache_key(backbone, data.tokenisation, [data.ids[sample] for sample in samples], precision)
+    lens = {sample: len(data.ids[sample]) for sample in samples[rank::world]}
+    path = None
+    if params["tier"] == "disk":
+        about = f"{params['model']}-{params['task']}-{params['samples']}x{params['length']}-{precision}"
+        path = root / "pac" / f"{name}-{about}-{rank}-of-{world}.h5"
+    return open_cache(path, key, lens, points, width, precision, device)
 
 
 def open_cache(

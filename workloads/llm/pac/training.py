@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from saih.core import Clock
 from saih.timing import Unclocked
 from workloads.llm.attention import AttnMeta
-from workloads.llm.model import Stage
 from workloads.llm.pac.batch import Batch, DataSet, epoch_batches
 from workloads.llm.pac.cache import ActivationCache
-from workloads.llm.pac.stages import Flow, SideTuned, Tuned
+from workloads.llm.pac.stages import Backbone, Flow, SideTuned, Tuned
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class FineTuning:
         self.optimizer = Optimizer(stage.trained(), recipe.learning_rate, recipe.world)
         self.epochs = 0
         """Those done."""
-        self._away: Stage | None = None
+        self._away: Backbone | None = None
 
     def reset(self) -> None:
         """As it was before the first epoch."""
