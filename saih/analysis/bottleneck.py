@@ -27,7 +27,9 @@ BOTTLENECKS = ("storage", *TIMED, "FLOP", "memory", "launch")
 FLAT = 0.5
 """Time that grows with the work to less than this power is mostly not spent on it, but on launches."""
 EMPTY = 0.25
-"""Below this share of every ceiling, time does not go to what kernels do, unless larger cells say otherwise."""
+"""Below this share of every ceiling, no ceiling tells what time goes to."""
+NEGLIGIBLE = 0.05
+"""Launches that are known to take less than this share of the time spent computing do not explain it for certain."""
 CLEAR = 1.25
 """One resource accounts for this many times the time of another: which one binds is clear."""
 CACHED_SHARE = 0.05
@@ -177,14 +179,16 @@ def from_storage(points: pd.DataFrame, ranks: pd.DataFrame) -> pd.Series:
 def elasticities(
     whole: pd.DataFrame, compute_s: pd.Series, work_s: pd.Series, sized: Collection[str]
 ) -> dict[str, float]:
-    """Cell -> d log compute time / d log work towards the next larger cell along any one axis, the flattest of them.
+    """Cell -> d log compute time / d log work, the steepest along any axis, of cells with a larger one beside them.
 
-    `work_s` is the time of the work at the ceilings. 1 where time follows it, 0 where it does not depend on it. `sized`
-    are the axes whose rungs have a size: another variant or precision is no larger cell. Cells without a larger
-    neighbour have none.
+    Towards the next larger cell, or, at the end of an axis, from the next smaller one: time that is flat over one axis
+    and grows over another goes to work. `work_s` is the time of the work at the ceilings. 1 where time follows it, 0
+    where it does not depend on it. `sized` are the axes whose rungs have a size: another variant or precision is no
+    larger cell.
     """
     axes = [f"label_{axis}" for axis in labels_of(whole)]
     found: dict[str, float] = {}
+    ahead: set[str] = set()
     computing = whole.assign(compute_s=compute_s, work_s=work_s)
     computing = computing[(computing["work_s"] > 0) & (computing["compute_s"] > 0)]
     if computing.empty:
@@ -194,12 +198,21 @@ def elasticities(
         groups = computing.groupby(others, sort=False) if others else [((), computing)]
         for _, line in groups:
             ladder = line[line["ranks"] == line["ranks"].iloc[0]].sort_values("work_s")
-            for small, large in zip(ladder.index, ladder.index[1:], strict=False):
-                growth = float(np.log(ladder.at[large, "work_s"] / ladder.at[small, "work_s"]))
-                if growth > 0:
-                    slope = float(np.log(ladder.at[large, "compute_s"] / ladder.at[small, "compute_s"])) / growth
-                    found[small] = min(slope, found.get(small, np.inf))
-    return found
+            slopes = list(_slopes(ladder))
+            ahead |= {cell for cell, _ in slopes}
+            if slopes:
+                slopes.append((str(ladder.index[-1]), slopes[-1][1]))
+            for cell, slope in slopes:
+                found[cell] = max(slope, found.get(cell, -np.inf))
+    return {cell: slope for cell, slope in found.items() if cell in ahead}
+
+
+def _slopes(ladder: pd.DataFrame) -> Iterator[tuple[str, float]]:
+    """Each cell of a line, in order of work, that a larger one follows."""
+    for small, large in zip(ladder.index, ladder.index[1:], strict=False):
+        growth = float(np.log(ladder.at[large, "work_s"] / ladder.at[small, "work_s"]))
+        if growth > 0:
+            yield str(small), float(np.log(ladder.at[large, "compute_s"] / ladder.at[small, "compute_s"])) / growth
 
 
 def _busy(samples: pd.DataFrame) -> pd.DataFrame:
@@ -325,13 +338,15 @@ def _split_compute(known: Mapping[str, float], steepness: float | None) -> tuple
         return "compute", "no ceiling to tell FLOP from memory; run saih probe", False
     ceilings = ", ".join(f"{100 * part:.0f} % of it at the measured {name} ceiling" for name, part in known.items())
     most, least = max(work.values()), min(work.values())
+    launch = known.get("launch")
     if steepness is not None and steepness < FLAT and most < 2 * EMPTY:
-        return "launch", f"its time grows as work^{steepness:.2f} to the next larger cell; {ceilings}", True
-    if known.get("launch", 0.0) > CLEAR * most:
-        return "launch", ceilings, known["launch"] >= EMPTY
-    if most < EMPTY and steepness is None:
-        return "launch", f"{ceilings}; no larger cell to compare with", False
+        told = f"its time grows as work^{steepness:.2f} at most along any axis; {ceilings}"
+        return "launch", told, launch is None or launch >= NEGLIGIBLE
+    if launch is not None and launch > CLEAR * most:
+        return "launch", ceilings, launch >= EMPTY
     told = ceilings if steepness is None else f"{ceilings}; its time grows as work^{steepness:.2f}"
+    if most < EMPTY:
+        return "compute", f"{told}; far from all of them", False
     return max(work, key=lambda name: work[name]), told, most > CLEAR * least and len(work) == 2
 
 
