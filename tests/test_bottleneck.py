@@ -182,6 +182,20 @@ def test_a_slow_rank_is_a_straggler_with_a_name_and_ranks_that_take_turns_are_no
     assert busy["host"].tolist() == ["n0", "n1", "n2"]
 
 
+def test_ranks_that_are_busy_equally_long_have_no_straggler_whatever_keeps_them_busy() -> None:
+    verdict = one(judge(Cell([{"input": 0.5, "compute": 0.5}, {"input": 0.1, "compute": 0.9}])))
+    assert verdict.shares["straggler"].of_step == pytest.approx(0.0, abs=1e-9)
+    assert verdict.shares["input"].of_step + verdict.shares["compute"].of_step == pytest.approx(1.0)
+
+
+def test_one_rank_alone_does_not_communicate_whatever_the_noise_of_leaving_it_out() -> None:
+    whole, without = {"compute": 1.0}, {"compute": 0.87}
+    alone = one(judge(Cell([whole]), Cell([without], ablation="communication"))).shares["communication"]
+    assert (alone.of_step, alone.ablated) == (0.0, False)
+    two = one(judge(Cell([whole] * 2), Cell([without] * 2, ablation="communication"))).shares["communication"]
+    assert (two.of_step, two.ablated) == (pytest.approx(0.13), True)
+
+
 def test_cells_that_only_read_have_no_growth_of_computing() -> None:
     points, samples, ranks = tables([Cell([{"input": 1.0}], moved_bytes=1e6)])
     points, sweep = points.drop(columns=["label_ablation", "param_ablation"]), {"axes": []} | SITE

@@ -127,14 +127,16 @@ def parts_of_step(samples: pd.DataFrame) -> pd.DataFrame:
     """Median share of each of TIMED in the timed steps of a point: index point, one column a part.
 
     The step is that of the rank that is busy longest, which the others wait for in their communication. `straggler` is
-    what it is busy longer than the (lower) median rank, whose input, transfer and compute stand for those parts.
+    what it is busy longer than the rank of (lower) median busy time, whose parts stand for those of the step.
     """
     keys = ["point", "step"]
-    busy = _busy(samples)
-    slowest = busy.loc[busy.groupby(keys, sort=False)["busy_s"].idxmax()].set_index(keys)
+    busy = _busy(samples).sort_values([*keys, "busy_s"], kind="stable")
+    steps = busy.groupby(keys)
+    slowest = busy[steps.cumcount(ascending=False) == 0].set_index(keys)
+    median = busy[steps.cumcount() == (steps["busy_s"].transform("size") - 1) // 2].set_index(keys)
     own = [f"{part}_s" for part in ("input", "transfer", "compute", "other")]
-    typical = busy.groupby(keys, sort=False)[own].quantile(0.5, interpolation="lower")
-    straggler_s = (slowest["busy_s"] - typical.sum(axis=1)).clip(lower=0.0)
+    typical = median[own]
+    straggler_s = slowest["busy_s"] - median["busy_s"]
     table = typical.assign(communication_s=slowest["communication_s"], straggler_s=straggler_s)
     table = table.div(table.sum(axis=1), axis=0).rename(columns=lambda name: name.removesuffix("_s"))
     return table.groupby("point").median()[list(TIMED)]
@@ -264,6 +266,7 @@ def _ablations(
     alike = points.groupby([points[name].fillna("") for name in settings], sort=False).ngroup()
     table = repeats[["cell", "repeat", "step_s"]].join(timed.mul(repeats["step_s"], axis=0))
     table = table.assign(part=points["param_ablation"], alike=alike)
+    table = table[(table["part"] != "communication") | (points["ranks"].reindex(table.index) > 1)]  # one has no other
     return {
         str(group.loc[group["part"] == WHOLE, "cell"].iloc[0]): list(_taken_out(group))
         for _, group in table.groupby("alike", sort=False)
