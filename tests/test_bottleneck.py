@@ -33,7 +33,9 @@ class Cell:
     operations: int = 0
     size: int = 1
     read: tuple[float, float] = (np.nan, np.nan)
-    """(from storage, asked for) in bytes."""
+    """(from storage, asked for) in bytes, of all steps."""
+    input_bytes: float = 0.0
+    """What the plan says a step reads."""
     noise: Sequence[float] = field(default=(1.0, 1.01, 0.99))
     """Of each repeat: what all of it takes over what it should."""
 
@@ -60,6 +62,7 @@ def tables(cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFr
                 "status": "measured",
                 "ranks": len(cell.ranks),
                 "predicted_operations": cell.operations,
+                "predicted_input_bytes": cell.input_bytes,
                 "param_ablation": cell.ablation,
                 "param_size": cell.size,
                 "label_ablation": cell.ablation,
@@ -114,12 +117,19 @@ def test_repeats_that_disagree_and_single_ones_are_not_certain() -> None:
 
 @pytest.mark.parametrize(
     ("read", "name"),
-    [((0.9, 1.0), "storage"), ((0.3, 1.0), "input"), ((0.01, 1.0), "input"), ((np.nan, np.nan), "input")],
+    [((9e6, 1e7), "storage"), ((3e6, 1e7), "input"), ((1e5, 1e7), "input"), ((np.nan, np.nan), "input")],
 )
 def test_input_is_storage_only_where_storage_delivered_it(read: tuple[float, float], name: str) -> None:
     verdict = one(judge(Cell([{"input": 0.9, "compute": 0.1}], read=read)))
     assert verdict.bottleneck == name
-    assert ("a cached epoch" in verdict.evidence) == (read[0] < 0.05)
+    assert ("a cached epoch" in verdict.evidence) == (read[0] == 1e5)
+
+
+@pytest.mark.parametrize(("asked", "planned"), [(STEPS * 23.0, 0.0), (STEPS * 5e3, 6.7e7)])
+def test_reads_of_others_and_of_measuring_itself_are_no_cached_epoch(asked: float, planned: float) -> None:
+    verdict = one(judge(Cell([{"input": 0.9, "compute": 0.1}], read=(0.0, asked), input_bytes=planned)))
+    assert np.isnan(verdict.from_storage)
+    assert "cached" not in verdict.evidence
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ CLEAR = 1.25
 """One resource accounts for this many times the time of another: which one binds is clear."""
 CACHED_SHARE = 0.05
 """Where less than this of the bytes read came from storage, memory had them already: a cached epoch."""
+READS = ("storage_read_bytes", "file_read_bytes")
+FEWEST_BYTES = 4096
+"""A step that reads less than a page reads no data."""
+COUNTED_SHARE = 0.5
+"""Where less than this of the bytes that a step should read was counted, the count says nothing of them."""
 ALWAYS = 0.75
 """A straggler is the slowest rank in this share of the steps; otherwise ranks take turns."""
 
@@ -109,7 +114,7 @@ def verdicts(
     sized = [axis.name for axis in axes_of(sweep) if is_sized(axis)]
     steepness = elasticities(whole, compute_s, demands[["FLOP", "memory"]].max(axis=1), sized)
     filled = demands.div(compute_s.where(compute_s > 0), axis=0).to_dict("index")
-    fetched, slowest = from_storage(points, ranks).to_dict(), slowest_ranks(points, samples, ranks)
+    fetched, slowest = from_storage(points, samples, ranks).to_dict(), slowest_ranks(points, samples, ranks)
     return [
         _judge(
             cell,
@@ -170,12 +175,25 @@ def _named(hosts: pd.Series) -> str:
     return " or ".join(sorted({*map(str, hosts.dropna())}))
 
 
-def from_storage(points: pd.DataFrame, ranks: pd.DataFrame) -> pd.Series:
+def reads_per_step(points: pd.DataFrame, timed_steps: pd.Series, ranks: pd.DataFrame) -> pd.DataFrame:
+    """Columns READS a step, of all ranks, index point, from counts of all its timed steps.
+
+    NaN where nothing was read, or not by those that were counted.
+    What measuring itself reads is below FEWEST_BYTES; and where much less was counted than the plan says a step reads,
+    it was mapped into memory, or others read it.
+    """
+    reads = ranks.reindex(columns=["point", *READS]).groupby("point").sum(min_count=1).div(timed_steps, axis=0)
+    planned = points.get("predicted_input_bytes", pd.Series(0.0, points.index)) * points["ranks"]
+    fewest = (planned.reindex(reads.index).fillna(0.0).astype(float) * COUNTED_SHARE).clip(lower=FEWEST_BYTES)
+    return reads.where(reads["file_read_bytes"] >= fewest)
+
+
+def from_storage(points: pd.DataFrame, samples: pd.DataFrame, ranks: pd.DataFrame) -> pd.Series:
     """Cell -> share of the bytes read in its timed steps that storage delivered, where the kernel counts them."""
-    reads = ranks.reindex(columns=["point", "storage_read_bytes", "file_read_bytes"]).groupby("point").sum(min_count=1)
+    timed = samples[samples["warmup"] == 0]
+    reads = reads_per_step(points, timed.groupby("point")["step"].nunique(), ranks)
     reads = reads.groupby(points["cell"].reindex(reads.index)).sum(min_count=1)
-    asked = reads["file_read_bytes"].where(reads["file_read_bytes"] > 0)
-    return (reads["storage_read_bytes"] / asked).clip(upper=1.0)
+    return (reads["storage_read_bytes"] / reads["file_read_bytes"]).clip(upper=1.0)
 
 
 def elasticities(
