@@ -422,9 +422,21 @@ def _host_peak() -> float:
 
 
 def _io_counters() -> tuple[float, float]:
-    """(bytes fetched from storage, bytes asked of the file system) by this process so far."""
-    fields = dict(line.split(": ", 1) for line in _lines("/proc/self/io"))
-    return float(fields.get("read_bytes", "nan")), float(fields.get("rchar", "nan"))
+    """(bytes fetched from storage, bytes asked of the file system) so far, by this process and those that it started.
+
+    What one of them read counts from its start on, and for as long as it lives.
+    """
+    counts = [dict(line.split(": ", 1) for line in _lines(f"/proc/{pid}/io")) for pid in _descendants("self")]
+    own, *others = counts
+    alive = [own, *(fields for fields in others if fields)]
+    read, asked = (sum(float(fields.get(name, "nan")) for fields in alive) for name in ("read_bytes", "rchar"))
+    return read, asked
+
+
+def _descendants(pid: str) -> list[str]:
+    """This process and all that it started, directly or not."""
+    children = [child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in _lines(str(task))]
+    return [pid, *(each for line in children for child in line.split() for each in _descendants(child))]
 
 
 def _lines(path: str) -> list[str]:

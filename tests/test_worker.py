@@ -182,6 +182,22 @@ def test_bytes_read_are_counted_by_the_kernel(tmp_path: Path) -> None:
     assert 5_000_000 <= after[1] - before[1] < 5_100_000
 
 
+def test_bytes_read_by_what_a_process_starts_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 5_000_000)
+    code = "import sys; sys.stdin.read(1); open(sys.argv[1], 'rb').read(); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        before = worker._io_counters()
+        reader.stdin.write("x")
+        reader.stdin.flush()
+        reader.stdout.readline()
+        after = worker._io_counters()
+        reader.stdin.close()
+    assert after[1] - before[1] >= 5_000_000
+
+
 def test_peak_memory_is_that_of_the_point(tmp_path: Path) -> None:
     ballast = bytearray(200_000_000)
     for place in range(0, len(ballast), 4096):

@@ -27,11 +27,18 @@ BOTTLENECKS = ("storage", *TIMED, "FLOP", "memory", "launch")
 FLAT = 0.5
 """Time that grows with the work to less than this power is mostly not spent on it, but on launches."""
 EMPTY = 0.25
-"""Below this share of every ceiling, time does not go to what kernels do, unless larger cells say otherwise."""
+"""Below this share of every ceiling, no ceiling tells what time goes to."""
+NEGLIGIBLE = 0.05
+"""Launches that are known to take less than this share of the time spent computing do not explain it for certain."""
 CLEAR = 1.25
 """One resource accounts for this many times the time of another: which one binds is clear."""
 CACHED_SHARE = 0.05
 """Where less than this of the bytes read came from storage, memory had them already: a cached epoch."""
+READS = ("storage_read_bytes", "file_read_bytes")
+FEWEST_BYTES = 4096
+"""A step that reads less than a page reads no data."""
+COUNTED_SHARE = 0.5
+"""Where less than this of the bytes that a step should read was counted, the count says nothing of them."""
 ALWAYS = 0.75
 """A straggler is the slowest rank in this share of the steps; otherwise ranks take turns."""
 
@@ -107,7 +114,7 @@ def verdicts(
     sized = [axis.name for axis in axes_of(sweep) if is_sized(axis)]
     steepness = elasticities(whole, compute_s, demands[["FLOP", "memory"]].max(axis=1), sized)
     filled = demands.div(compute_s.where(compute_s > 0), axis=0).to_dict("index")
-    fetched, slowest = from_storage(points, ranks).to_dict(), slowest_ranks(points, samples, ranks)
+    fetched, slowest = from_storage(points, samples, ranks).to_dict(), slowest_ranks(points, samples, ranks)
     return [
         _judge(
             cell,
@@ -125,14 +132,16 @@ def parts_of_step(samples: pd.DataFrame) -> pd.DataFrame:
     """Median share of each of TIMED in the timed steps of a point: index point, one column a part.
 
     The step is that of the rank that is busy longest, which the others wait for in their communication. `straggler` is
-    what it is busy longer than the (lower) median rank, whose input, transfer and compute stand for those parts.
+    what it is busy longer than the rank of (lower) median busy time, whose parts stand for those of the step.
     """
     keys = ["point", "step"]
-    busy = _busy(samples)
-    slowest = busy.loc[busy.groupby(keys, sort=False)["busy_s"].idxmax()].set_index(keys)
+    busy = _busy(samples).sort_values([*keys, "busy_s"], kind="stable")
+    steps = busy.groupby(keys)
+    slowest = busy[steps.cumcount(ascending=False) == 0].set_index(keys)
+    median = busy[steps.cumcount() == (steps["busy_s"].transform("size") - 1) // 2].set_index(keys)
     own = [f"{part}_s" for part in ("input", "transfer", "compute", "other")]
-    typical = busy.groupby(keys, sort=False)[own].quantile(0.5, interpolation="lower")
-    straggler_s = (slowest["busy_s"] - typical.sum(axis=1)).clip(lower=0.0)
+    typical = median[own]
+    straggler_s = slowest["busy_s"] - median["busy_s"]
     table = typical.assign(communication_s=slowest["communication_s"], straggler_s=straggler_s)
     table = table.div(table.sum(axis=1), axis=0).rename(columns=lambda name: name.removesuffix("_s"))
     return table.groupby("point").median()[list(TIMED)]
@@ -166,25 +175,40 @@ def _named(hosts: pd.Series) -> str:
     return " or ".join(sorted({*map(str, hosts.dropna())}))
 
 
-def from_storage(points: pd.DataFrame, ranks: pd.DataFrame) -> pd.Series:
+def reads_per_step(points: pd.DataFrame, timed_steps: pd.Series, ranks: pd.DataFrame) -> pd.DataFrame:
+    """Columns READS a step, of all ranks, index point, from counts of all its timed steps.
+
+    NaN where nothing was read, or not by those that were counted.
+    What measuring itself reads is below FEWEST_BYTES; and where much less was counted than the plan says a step reads,
+    it was mapped into memory, or others read it.
+    """
+    reads = ranks.reindex(columns=["point", *READS]).groupby("point").sum(min_count=1).div(timed_steps, axis=0)
+    planned = points.get("predicted_input_bytes", pd.Series(0.0, points.index)) * points["ranks"]
+    fewest = (planned.reindex(reads.index).fillna(0.0).astype(float) * COUNTED_SHARE).clip(lower=FEWEST_BYTES)
+    return reads.where(reads["file_read_bytes"] >= fewest)
+
+
+def from_storage(points: pd.DataFrame, samples: pd.DataFrame, ranks: pd.DataFrame) -> pd.Series:
     """Cell -> share of the bytes read in its timed steps that storage delivered, where the kernel counts them."""
-    reads = ranks.reindex(columns=["point", "storage_read_bytes", "file_read_bytes"]).groupby("point").sum(min_count=1)
+    timed = samples[samples["warmup"] == 0]
+    reads = reads_per_step(points, timed.groupby("point")["step"].nunique(), ranks)
     reads = reads.groupby(points["cell"].reindex(reads.index)).sum(min_count=1)
-    asked = reads["file_read_bytes"].where(reads["file_read_bytes"] > 0)
-    return (reads["storage_read_bytes"] / asked).clip(upper=1.0)
+    return (reads["storage_read_bytes"] / reads["file_read_bytes"]).clip(upper=1.0)
 
 
 def elasticities(
     whole: pd.DataFrame, compute_s: pd.Series, work_s: pd.Series, sized: Collection[str]
 ) -> dict[str, float]:
-    """Cell -> d log compute time / d log work towards the next larger cell along any one axis, the flattest of them.
+    """Cell -> d log compute time / d log work, the steepest along any axis, of cells with a larger one beside them.
 
-    `work_s` is the time of the work at the ceilings. 1 where time follows it, 0 where it does not depend on it. `sized`
-    are the axes whose rungs have a size: another variant or precision is no larger cell. Cells without a larger
-    neighbour have none.
+    Towards the next larger cell, or, at the end of an axis, from the next smaller one: time that is flat over one axis
+    and grows over another goes to work. `work_s` is the time of the work at the ceilings. 1 where time follows it, 0
+    where it does not depend on it. `sized` are the axes whose rungs have a size: another variant or precision is no
+    larger cell.
     """
     axes = [f"label_{axis}" for axis in labels_of(whole)]
     found: dict[str, float] = {}
+    ahead: set[str] = set()
     computing = whole.assign(compute_s=compute_s, work_s=work_s)
     computing = computing[(computing["work_s"] > 0) & (computing["compute_s"] > 0)]
     if computing.empty:
@@ -194,12 +218,21 @@ def elasticities(
         groups = computing.groupby(others, sort=False) if others else [((), computing)]
         for _, line in groups:
             ladder = line[line["ranks"] == line["ranks"].iloc[0]].sort_values("work_s")
-            for small, large in zip(ladder.index, ladder.index[1:], strict=False):
-                growth = float(np.log(ladder.at[large, "work_s"] / ladder.at[small, "work_s"]))
-                if growth > 0:
-                    slope = float(np.log(ladder.at[large, "compute_s"] / ladder.at[small, "compute_s"])) / growth
-                    found[small] = min(slope, found.get(small, np.inf))
-    return found
+            slopes = list(_slopes(ladder))
+            ahead |= {cell for cell, _ in slopes}
+            if slopes:
+                slopes.append((str(ladder.index[-1]), slopes[-1][1]))
+            for cell, slope in slopes:
+                found[cell] = max(slope, found.get(cell, -np.inf))
+    return {cell: slope for cell, slope in found.items() if cell in ahead}
+
+
+def _slopes(ladder: pd.DataFrame) -> Iterator[tuple[str, float]]:
+    """Each cell of a line, in order of work, that a larger one follows."""
+    for small, large in zip(ladder.index, ladder.index[1:], strict=False):
+        growth = float(np.log(ladder.at[large, "work_s"] / ladder.at[small, "work_s"]))
+        if growth > 0:
+            yield str(small), float(np.log(ladder.at[large, "compute_s"] / ladder.at[small, "compute_s"])) / growth
 
 
 def _busy(samples: pd.DataFrame) -> pd.DataFrame:
@@ -251,6 +284,7 @@ def _ablations(
     alike = points.groupby([points[name].fillna("") for name in settings], sort=False).ngroup()
     table = repeats[["cell", "repeat", "step_s"]].join(timed.mul(repeats["step_s"], axis=0))
     table = table.assign(part=points["param_ablation"], alike=alike)
+    table = table[(table["part"] != "communication") | (points["ranks"].reindex(table.index) > 1)]  # one has no other
     return {
         str(group.loc[group["part"] == WHOLE, "cell"].iloc[0]): list(_taken_out(group))
         for _, group in table.groupby("alike", sort=False)
@@ -325,13 +359,15 @@ def _split_compute(known: Mapping[str, float], steepness: float | None) -> tuple
         return "compute", "no ceiling to tell FLOP from memory; run saih probe", False
     ceilings = ", ".join(f"{100 * part:.0f} % of it at the measured {name} ceiling" for name, part in known.items())
     most, least = max(work.values()), min(work.values())
+    launch = known.get("launch")
     if steepness is not None and steepness < FLAT and most < 2 * EMPTY:
-        return "launch", f"its time grows as work^{steepness:.2f} to the next larger cell; {ceilings}", True
-    if known.get("launch", 0.0) > CLEAR * most:
-        return "launch", ceilings, known["launch"] >= EMPTY
-    if most < EMPTY and steepness is None:
-        return "launch", f"{ceilings}; no larger cell to compare with", False
+        told = f"its time grows as work^{steepness:.2f} at most along any axis; {ceilings}"
+        return "launch", told, launch is None or launch >= NEGLIGIBLE
+    if launch is not None and launch > CLEAR * most:
+        return "launch", ceilings, launch >= EMPTY
     told = ceilings if steepness is None else f"{ceilings}; its time grows as work^{steepness:.2f}"
+    if most < EMPTY:
+        return "compute", f"{told}; far from all of them", False
     return max(work, key=lambda name: work[name]), told, most > CLEAR * least and len(work) == 2
 
 

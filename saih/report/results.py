@@ -13,7 +13,7 @@ import pandas as pd
 
 from saih import store, workload
 from saih.analysis import energy, kinds
-from saih.analysis.bottleneck import Verdict, verdicts
+from saih.analysis.bottleneck import Verdict, reads_per_step, verdicts
 from saih.analysis.cells import RATES, axes_of, is_whole, job_steps, per_cell, per_point
 from saih.analysis.claims import evaluate_all
 from saih.analysis.scaling import scaling
@@ -29,7 +29,6 @@ STATISTICS = (
     *(f"share_{phase}" for phase in PHASES),
     *RATES,
 )
-READS = ("storage_read_bytes", "file_read_bytes")
 
 
 @dataclass(frozen=True)
@@ -161,10 +160,9 @@ def _with_resources(
 ) -> pd.DataFrame:
     """Add peak memory of the largest rank, of all repeats; and bytes read a step, all ranks, median over repeats."""
     column = _memory(points.attrs["sweep"])
-    found = ranks.reindex(columns=["point", column, *READS])
+    found = ranks.reindex(columns=["point", column])
     cell = points["cell"].reindex(found["point"]).to_numpy()
-    timed = steps.groupby("point").size()
-    reads = found.groupby("point")[list(READS)].sum(min_count=1).div(timed, axis=0)
+    reads = reads_per_step(points, steps.groupby("point").size(), ranks)
     reads = reads.groupby(points["cell"].reindex(reads.index)).median()
     return cells.join(found[column].groupby(cell).max()).join(reads)
 
