@@ -287,7 +287,7 @@ def joint(rank: int, folder: str) -> None:
 def exchange(rank: int, folder: str) -> None:
     """Known numbers on shelves of three stages, the last of two ranks: what arrives, bit for bit, and what was sent."""
     join(rank, folder, 4)
-    layers = (range(1), range(1, 3), range(3, 4), range(3, 4))[rank]
+    layers = (range(1, 3), range(1), range(3, 4), range(3, 4))[rank]  # rank 1 has the first
     shelf, arrived = Shelf(layers), dict[int, list[Tensor]]()
     for sample in SAMPLES:
         if rank < 2 or sample % 2 == rank % 2:

@@ -183,7 +183,7 @@ def test_checkpointing_changes_bytes_kept_and_nothing_else() -> None:
 
 
 def test_bytes_kept_for_backward_are_counted_once_and_without_weights() -> None:
-    x, weight = torch.rand(10, 8), torch.nn.Parameter(torch.rand(8, 8))
+    x, weight = torch.rand(10, 8, requires_grad=True), torch.nn.Parameter(torch.rand(8, 8))
     saved = memory.Saved([weight])
     with saved.watch():
         y = x @ weight  # keeps x and the weight

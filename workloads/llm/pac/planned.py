@@ -24,7 +24,7 @@ from workloads.llm.pac.stages import Settings, make
 from workloads.llm.pac.training import Optimizer, Recipe
 
 TOLERANCE = 1e-5
-TIMED = 5
+TIMED = 3
 """Mini-batches in the check; the middle one counts."""
 LAYOUTS = {"hybrid": planner.best_plan, "single": planner.data_parallel} | dict(planner.BASELINES)
 
