@@ -183,8 +183,8 @@ def reads_per_step(points: pd.DataFrame, timed_steps: pd.Series, ranks: pd.DataF
     it was mapped into memory, or others read it.
     """
     reads = ranks.reindex(columns=["point", *READS]).groupby("point").sum(min_count=1).div(timed_steps, axis=0)
-    planned = points.get("predicted_input_bytes", pd.Series(0.0, points.index)) * points["ranks"]
-    fewest = (planned.reindex(reads.index).fillna(0.0).astype(float) * COUNTED_SHARE).clip(lower=FEWEST_BYTES)
+    counted = points.reindex(columns=["predicted_input_bytes", "ranks"]).reindex(reads.index)
+    fewest = (counted.prod(axis=1, skipna=False).fillna(0.0).astype(float) * COUNTED_SHARE).clip(lower=FEWEST_BYTES)
     return reads.where(reads["file_read_bytes"] >= fewest)
 
 

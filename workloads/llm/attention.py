@@ -218,16 +218,6 @@ def padded(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tenso
     return o_RHd if len(o_RHd) == len(q_THd) else o_RHd.index_select(0, meta.padded_rows_T)
 
 
-def padded_in_cache(q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
-    """One row a sequence; whole blocks are read, for everybody as many as for the longest."""
-    rows, heads, size = q_THd.shape
-    table_BN = cast(Tensor, meta.block_table_BN)[:, : -(-max(meta.kv_lens) // meta.block_size)]
-    k_BGLd, v_BGLd = (x[table_BN].flatten(1, 2).transpose(1, 2) for x in (k_NSGd, v_NSGd))
-    seen_B11L = torch.arange(k_BGLd.shape[2], device=q_THd.device) < meta.kv_lens_B[:, None, None, None]
-    q_BGRd = q_THd.view(rows, k_BGLd.shape[1], -1, size)  # the heads of a KV head take one pass over its keys
-    return F.scaled_dot_product_attention(q_BGRd, k_BGLd, v_BGLd, attn_mask=seen_B11L).reshape(rows, heads, size)
-
-
 def _pad(x_THd: Tensor, lens: Sequence[int], rows_T: Tensor) -> Tensor:
     """[T, H, d] -> [B, H, longest, d] with zeros behind the shorter sequences; a view if there are none."""
     size = len(lens) * max(lens)
@@ -376,9 +366,7 @@ def backend(
         return Backend(name, varlen, partial(_split_decode, splits))
     if name == "loop":
         return Backend(name, loop, loop_in_cache, loop_in_cache)
-    if name == "padded":
-        return Backend(name, padded, padded_in_cache)
-    return Backend(name, {"even": even, "varlen": varlen}[name])
+    return Backend(name, {"padded": padded, "even": even, "varlen": varlen}[name])
 
 
 def _split_decode(splits: int | None, q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
