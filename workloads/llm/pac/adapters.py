@@ -25,6 +25,9 @@ ATTENTION = "even"
 """The kernel of every layer, of the backbone and beside it."""
 GATE_TEMPERATURE = 0.1
 """Of learnable gates, as Ladder Side-Tuning has it."""
+MERGE_GATE = -0.2
+"""alpha of the last gate at first, which lets an eighth of the ladder through; other gates start in the middle. AdamW
+moves all weights as fast, so U norm(a), as large as a norm makes it, would soon drown h_L, and overfit."""
 
 
 def linear(inputs: int, outputs: int, made: Make) -> ColumnLinear:
@@ -76,7 +79,7 @@ class Ladder(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name == "up.weight" or name.endswith("gate"):
-                    parameter.zero_()
+                    parameter.fill_(MERGE_GATE if name == "gate" else 0.0)
 
     def start(self, e_TD: Tensor, meta: AttnMeta) -> Tensor:
         """a_0 of the embeddings."""
