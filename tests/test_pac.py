@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from saih import workload
@@ -304,11 +305,11 @@ def bench_of(folder: Path, **changes: Any) -> Any:
     "changes",
     [
         {"variant": "full", "span": "whole"},
-        {"variant": "pa-cache", "span": "first"},
+        {"variant": "pa-cache", "span": "filling"},
         {"variant": "pa-cache", "span": "later", "tier": "disk"},
         {"variant": "pa-cache", "span": "later", "cache_dtype": "int8", "tests": 8},
         {"variant": "pa-cache", "span": "whole", "model": "gpt-tiny", "head": "lm"},
-        {"variant": "pa", "span": "first", "ladder": "gated", "side_start": "pruned"},
+        {"variant": "pa", "span": "filling", "ladder": "gated", "side_start": "pruned"},
     ],
     ids=str,
 )
@@ -325,6 +326,18 @@ def test_points_of_every_kind_pass_their_check(tmp_path: Path, changes: Mapping[
             assert check.numbers["cache_bytes"] > 0
     finally:
         bench.close()
+
+
+def test_every_claim_has_a_part_of_the_study() -> None:
+    """One whose axes have the labels that the claim compares; else it could never be judged."""
+    parts = yaml.safe_load((Path(__file__).parents[1] / "jobs/studies/pac.yaml").read_text())["parts"]
+    for claim in workload.spec("pac").CLAIMS:
+        labels = [*claim.numerator.items(), *claim.denominator.items(), *claim.where.items()]
+        judged = [
+            name for name, part in parts.items() if all(label in part["axes"].get(axis, ()) for axis, label in labels)
+        ]
+        assert judged, claim.name
+        assert not {"first", "last"} & {label for _, label in labels}, "ends of axes, not names"
 
 
 def test_a_cache_that_lies_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

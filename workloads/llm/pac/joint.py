@@ -78,7 +78,7 @@ class JointEpochs:
         are seconds of each epoch, and what redistribution took. Steps begin anew, or go on with later epochs.
         """
         span = self.params["span"]
-        wanted = int(self.params["epochs"]) if span == "whole" else {"first": 1, "later": 2}[str(span)]
+        wanted = int(self.params["epochs"]) if span == "whole" else {"filling": 1, "later": 2}[str(span)]
         while self.together.epochs < wanted:
             self._epoch(Unclocked())
         done = self.together.done[:wanted]

@@ -24,7 +24,7 @@ WORK_UNIT = "samples"
 
 VARIANTS = ("full", "full-ckpt", "lora", "adapter", "pa", "pa-cache")
 LAYOUTS = ("single", "dp", "pp", "even", "hybrid")
-SPANS = ("mini-batch", "first", "later", "whole")
+SPANS = ("mini-batch", "filling", "later", "whole")
 MINILM = "minilm-l6"
 MODELS = (
     "bert-tiny",
@@ -154,7 +154,7 @@ CLAIMS = (
         3.0,
         bound=EPOCHS * 2.0,
     ),
-    _speed("cache-over-none-first", "pa", "first", "those without it, first epoch: what filling it costs", 0.8),
+    _speed("cache-over-none-first", "pa", "filling", "those without it, first epoch: what filling it costs", 0.8),
     Claim(
         "epochs-to-the-paper",
         f"epochs after which the cache is {PAPER_SPEED_UP}x full fine-tuning, from times of mini-batches in the check",
@@ -298,7 +298,7 @@ def shape(params: Params) -> Shape:
     whole = int(params["epochs"])
     epochs = {
         "mini-batch": (1, 0),
-        "first": (1, 0),
+        "filling": (1, 0),
         "later": (0, 1) if cached else (1, 0),
         "whole": (1, whole - 1) if cached else (whole, 0),
     }
