@@ -137,6 +137,26 @@ class AttnMeta:
         return [row[:count] for row, count in zip(self.block_table_BN.tolist(), filled, strict=True)]
 
     @cached_property
+    def padded_blocks_BN(self) -> Tensor:  # noqa: N802
+        """int64: `blocks`, filled up with the first of each sequence, its own keys. Only with block tables."""
+        widest = max(map(len, self.blocks))
+        return _on([[*row, *row[:1] * (widest - len(row))] for row in self.blocks], self.cu_q.device)
+
+    @cached_property
+    def tails(self) -> Tensor:
+        """int64: rows of `padded_blocks_BN`, of [B * L], that were not written: behind the length, in each last block.
+
+        Of a sequence that does not fill its first block these are all rows behind its length.
+        """
+        size, longest = self.block_size, self.padded_blocks_BN.shape[1] * self.block_size
+        ends = (longest if length < size else -(-length // size) * size for length in self.kv_lens)
+        rows = (
+            range(place * longest + length, place * longest + end)
+            for place, (length, end) in enumerate(zip(self.kv_lens, ends, strict=True))
+        )
+        return _on([row for tail in rows for row in tail], self.cu_q.device)
+
+    @cached_property
     def padded_rows_T(self) -> Tensor:  # noqa: N802
         """int64: where each packed row stands in [B * Q]."""
         sequence_T, place_T = _places(self.query_lens, self.cu_q)
@@ -216,6 +236,20 @@ def padded(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tenso
     )
     o_RHd = o_BHQd.transpose(1, 2).flatten(0, 1)
     return o_RHd if len(o_RHd) == len(q_THd) else o_RHd.index_select(0, meta.padded_rows_T)
+
+
+def padded_in_cache(q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
+    """One row a sequence; whole blocks are read, for everybody as many as for the longest."""
+    rows, heads, size = q_THd.shape
+    k_BLGd, v_BLGd = (x[meta.padded_blocks_BN].flatten(1, 2) for x in (k_NSGd, v_NSGd))
+    for x_BLGd in (k_BLGd, v_BLGd):  # what was left there may be no number, which times 0 is none either
+        x_BLGd.flatten(0, 1).index_fill_(0, meta.tails, 0)
+    q_BGRd = q_THd.view(rows, k_BLGd.shape[2], -1, size)  # the heads of a KV head take one pass over its keys
+    seen_BL = torch.arange(k_BLGd.shape[1], device=q_THd.device) < meta.kv_lens_B[:, None]
+    o_BGRd = F.scaled_dot_product_attention(
+        q_BGRd, k_BLGd.transpose(1, 2), v_BLGd.transpose(1, 2), seen_BL[:, None, None]
+    )
+    return o_BGRd.reshape(rows, heads, size)
 
 
 def _pad(x_THd: Tensor, lens: Sequence[int], rows_T: Tensor) -> Tensor:
@@ -366,7 +400,9 @@ def backend(
         return Backend(name, varlen, partial(_split_decode, splits))
     if name == "loop":
         return Backend(name, loop, loop_in_cache, loop_in_cache)
-    return Backend(name, {"padded": padded, "even": even, "varlen": varlen}[name])
+    if name == "padded":
+        return Backend(name, padded, padded_in_cache)
+    return Backend(name, {"even": even, "varlen": varlen}[name])
 
 
 def _split_decode(splits: int | None, q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
