@@ -88,7 +88,7 @@ PARAMETERS = (
 )
 
 ON_THE_NEWS: dict[str, Params] = {
-    "lora": {"variant": "lora", "learning_rate": 1e-3},
+    "lora": {"variant": "lora", "ladder": "plain", "side_start": "random", "learning_rate": 1e-3},
     "ladder": {"variant": "pa-cache", "ladder": "gated", "side_start": "pruned", "learning_rate": 1e-3},
 }
 """Each method with the rate that did best on articles it neither trained nor was tested on (studies/pac-rates.yaml)."""
