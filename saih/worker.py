@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from saih import energy, environment, launchers, workload
+from saih import energy, environment, last_words, launchers, workload
 from saih.core import FORMAT, PHASES, WHOLE, Check, Context, Place, Point
 from saih.errors import SaihError
 from saih.files import blamed_on, digest, read_record, write_atomic, write_json, write_json_once
@@ -87,6 +87,8 @@ def main(arguments: Sequence[str]) -> int:
     place = launchers.place()
     if place.world != pack.ranks:
         raise SaihError(f"this is rank {place.rank} of {place.world}, but the job was given {pack.ranks} ranks")
+    if place.world > 1:
+        last_words.allow()
     torch.set_num_threads(pack.threads)
     _strict_fp32()
     device = f"cuda:{place.local_rank}" if pack.device == "cuda" else "cpu"

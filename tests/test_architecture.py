@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("saih.errors", "saih.lifeline"),
+    ("saih.errors", "saih.lifeline", "saih.last_words"),
     ("saih.files", "saih.load", "saih.energy"),
     ("saih.core",),
     ("saih.launchers", "saih.workload", "saih.timing", "saih.environment", "saih.yamlfile", "saih.schedulers"),
@@ -43,6 +43,7 @@ WORKER_MAY_USE = {
     "saih.load",
     "saih.energy",
     "saih.lifeline",
+    "saih.last_words",
     "saih.core",
     "saih.files",
     "saih.errors",
@@ -51,7 +52,15 @@ WORKLOADS_MAY_USE = {"saih.core", "saih.errors", "saih.timing", "saih.files", "s
 OUTSIDE_THE_WORKER = {"h5py", "pandas", "matplotlib", "jinja2", "yaml", "pydantic", "rich", "scipy"}
 IMPORT_TORCH = {"saih.timing", "saih.worker"}
 """The only modules of saih that import torch when they are imported."""
-STANDARD_LIBRARY_ONLY = {"saih.core", "saih.errors", "saih.files", "saih.lifeline", "saih.load", "saih.energy"}
+STANDARD_LIBRARY_ONLY = {
+    "saih.core",
+    "saih.errors",
+    "saih.files",
+    "saih.lifeline",
+    "saih.last_words",
+    "saih.load",
+    "saih.energy",
+}
 SOLE_USERS = {"h5py": {"saih.store"}, "matplotlib": {"saih.report"}, "jinja2": {"saih.jobs", "saih.report"}}
 
 FORBIDDEN = {

@@ -30,8 +30,15 @@ if os.environ.get("RANK") == "1" and "DIES_AT" in os.environ:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(*args, **kwargs)
     torch.optim.AdamW.step = fatal
+elif "DIES_AT" in os.environ:
+    import time, traceback
+    whole = traceback.format_exception
+    def late(*args, **kwargs):
+        time.sleep(1)
+        return whole(*args, **kwargs)
+    traceback.format_exception = late
 """
-"""Kills rank 1 at this step of its optimiser; two steps are an epoch."""
+"""Kills rank 1 at this step of its optimiser (two steps are an epoch); the other is told to end before it can tell."""
 
 
 def sweep(folder: Path, *words: str, dies_at: int = 0) -> pd.DataFrame:
