@@ -120,6 +120,8 @@ class Axis:
     rungs: tuple[Rung, ...]
     usual: tuple[str, ...] = ()
     """Labels of the rungs that the axis stands for where none are named; none: all of them."""
+    named: bool = False
+    """Rungs differ in kind: their sizes only number them."""
 
     def pick(self, labels: Sequence[object] = (), where: str = "") -> Axis:
         """This axis with only the rungs named, or its usual ones, in ladder order.
@@ -131,12 +133,8 @@ class Axis:
         for label in wanted:
             if label not in known:
                 raise unknown(f"rung of axis {self.name}", label, known, where)
-        return Axis(self.name, self.unit, tuple(rung for rung in self.rungs if rung.label in wanted))
-
-
-def is_sized(axis: Axis) -> bool:
-    """False where the sizes only number the rungs: names have no size."""
-    return [rung.size for rung in axis.rungs] != list(range(len(axis.rungs)))
+        rungs = tuple(rung for rung in self.rungs if rung.label in wanted)
+        return Axis(self.name, self.unit, rungs, named=self.named)
 
 
 def axis_of(parameter: Parameter, values: Sequence[object] = (), where: str = "") -> Axis:
@@ -154,7 +152,8 @@ def axis_of(parameter: Parameter, values: Sequence[object] = (), where: str = ""
         Rung(str(value), {parameter.name: value}, float(place if isinstance(value, str) else value))
         for place, value in enumerate(ladder)
     ]
-    return Axis(parameter.name, parameter.unit, tuple(rungs))
+    named = any(isinstance(value, str | bool) for value in ladder)
+    return Axis(parameter.name, parameter.unit, tuple(rungs), named=named)
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,7 @@ def _planned(item: Forecast) -> dict[str, Any]:
 
 def _axis(axis: Axis) -> dict[str, Any]:
     rungs = [{"label": rung.label, "params": dict(rung.params), "size": rung.size} for rung in axis.rungs]
-    return {"name": axis.name, "unit": axis.unit, "rungs": rungs}
+    return {"name": axis.name, "unit": axis.unit, "rungs": rungs, "named": axis.named}
 
 
 def _python_path() -> str:

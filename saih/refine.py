@@ -45,7 +45,8 @@ def more(plan: Plan, wanted: Repeats, cells: pd.DataFrame, left_s: float) -> dic
 
     `cells` is `per_cell` of what is measured so far.
     """
-    ordered = [axis.name for axis in plan.sweep.axes if len({rung.size for rung in axis.rungs}) > 2]
+    grown = [axis for axis in plan.sweep.axes if not axis.named and len(axis.rungs) > 2]
+    ordered = [axis.name for axis in grown if min(rung.size for rung in axis.rungs) > 0]
     seconds = {cell: item.point_s for cell, item in _first(plan).items() if wanted.get(cell, 0) < MOST_REPEATS}
     chosen = choose(cells, ordered, seconds, ROUND * left_s - LAUNCH_OVERHEAD_S)
     return dict(wanted) | {cell: wanted.get(cell, 0) + 1 for cell in chosen}

@@ -127,8 +127,16 @@ def test_numbers_survive_text(number: float) -> None:
 def test_pick_keeps_the_order_of_the_ladder() -> None:
     picked = LADDER.pick(["64", 16, "64"])
     assert [rung.label for rung in picked.rungs] == ["16", "64"]
-    assert (picked.name, picked.unit) == ("data", "voxels")
+    assert (picked.name, picked.unit, picked.named) == ("data", "voxels", False)
     assert picked.rungs[1] is LADDER.rungs[2]
+
+
+def test_names_have_no_size_however_they_are_picked() -> None:
+    kinds = axis_of(Parameter("kind", "a", "", "", choices=("a", "b", "c")))
+    assert kinds.named
+    assert kinds.pick(["a", "c"]).named
+    assert axis_of(Parameter("pinned", False, "", ""), [False, True]).named
+    assert not axis_of(Parameter("hogs", 0, "", ""), [0, 1, 2]).named
 
 
 def test_an_axis_alone_means_its_usual_rungs_and_any_other_has_a_name() -> None:

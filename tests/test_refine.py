@@ -80,7 +80,7 @@ def test_the_budget_holds(costs: list[float], budget_s: float, measured: set[int
 
 
 def test_a_coarse_grid_has_the_ends_and_all_of_what_has_no_order() -> None:
-    engines = Axis("engine", "", tuple(Rung(name, {"engine": name}, 0) for name in "abcde"))
+    engines = Axis("engine", "", tuple(Rung(name, {"engine": name}, 0) for name in "abcde"), named=True)
     assert coarse([DATA, engines]) == [{"1", "4", "16", "32"}, set("abcde")]
 
 

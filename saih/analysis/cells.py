@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -31,9 +31,15 @@ def axes_of(sweep: Mapping[str, Any]) -> tuple[Axis, ...]:
             axis["name"],
             axis["unit"],
             tuple(Rung(rung["label"], rung["params"], rung["size"]) for rung in axis["rungs"]),
+            named=axis.get("named", _only_numbers(axis["rungs"])),
         )
         for axis in sweep["axes"]
     )
+
+
+def _only_numbers(rungs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether sizes may be no more than places: for files from before axes said whether they are named."""
+    return [rung["size"] for rung in rungs] == list(range(len(rungs)))
 
 
 def job_steps(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:

@@ -20,8 +20,8 @@ def coarse(axes: Sequence[Axis]) -> list[set[str]]:
     started = []
     for axis in axes:
         labels = [rung.label for rung in axis.rungs]
-        sized = len({rung.size for rung in axis.rungs}) == len(labels) and len(labels) > 3
-        started.append({*labels[::2], labels[-1]} if sized else set(labels))
+        long = not axis.named and len(labels) > 3
+        started.append({*labels[::2], labels[-1]} if long else set(labels))
     return started
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from saih.analysis.ceilings import kernel_share
 from saih.analysis.cells import labels_of
 from saih.analysis.scaling import RESOURCES
-from saih.core import Axis, is_sized
+from saih.core import Axis
 from saih.report.figures import MOST_LINES, SERIES_COLOURS, Ideals, Line, Panel, Scale
 from saih.report.grid import MOST_GROUPS, Layout, is_logarithmic, layout, left_out, spread, words
 from saih.report.results import PERCENTAGES, Results
@@ -188,7 +188,7 @@ def _bounded(series: Series, most: int = MOST_LINES) -> tuple[Series, list[str]]
 def scale_of(axis: Axis) -> Scale:
     """The axis across a panel, with its rungs as ticks."""
     sizes, labels = [float(rung.size) for rung in axis.rungs], [rung.label for rung in axis.rungs]
-    sized = is_sized(axis)
+    sized = not axis.named
     logarithmic = sized and is_logarithmic(sizes)
     label = f"{axis.name} ({axis.unit})" if axis.unit else axis.name
     return Scale(label, _ticks(sizes, labels, logarithmic), sized, logarithmic)

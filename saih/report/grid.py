@@ -11,7 +11,7 @@ import pandas as pd
 
 from saih.analysis.numbers import plural
 from saih.analysis.scaling import RESOURCES
-from saih.core import Axis, is_sized
+from saih.core import Axis
 
 Item = TypeVar("Item")
 
@@ -47,7 +47,7 @@ class Layout:
 
 def layout(axes: Sequence[Axis]) -> Layout:
     """A sized axis goes across, of the problem rather than of the machine; the next one that varies makes the lines."""
-    ranked = sorted(axes, key=lambda axis: (len(axis.rungs) == 1, not is_sized(axis), axis.name in RESOURCES))
+    ranked = sorted(axes, key=lambda axis: (len(axis.rungs) == 1, axis.named, axis.name in RESOURCES))
     across = ranked[0]
     varying = [axis for axis in axes if axis is not across and len(axis.rungs) > 1]
     lines = varying[0] if varying else None

@@ -66,14 +66,13 @@ def project(options: argparse.Namespace) -> int:
 
 def _sweep(results: Results) -> Sweep:
     from saih.analysis.project import Machine, Sweep
-    from saih.core import is_sized
 
     told = results.sweep
     peak = told["site"]["peak"]
     measured = (told["ceilings"] or {}).get("rates") or {}
     here = Machine(told["site"]["name"], measured, peak["flop_per_s"], peak["memory_bytes_per_s"])
-    axes = [axis for axis in results.problem_axes if is_sized(axis) and min(rung.size for rung in axis.rungs) > 0]
-    return Sweep(results.cells, results.by_point, results.verdicts, [axis.name for axis in axes], here)
+    axes = [axis for axis in results.problem_axes if not axis.named and min(rung.size for rung in axis.rungs) > 0]
+    return Sweep(results.cells, results.verdicts, [axis.name for axis in axes], here)
 
 
 def _machine(name: str) -> Machine:

@@ -75,7 +75,7 @@ def _message(label: str, message_bytes: int) -> Rung:
 
 
 AXES = (
-    Axis("kernel", "", tuple(Rung(name, {"kernel": name}, place) for place, name in enumerate(KERNELS))),
+    Axis("kernel", "", tuple(Rung(name, {"kernel": name}, place) for place, name in enumerate(KERNELS)), named=True),
     Axis("size", "n", tuple(Rung(str(n), {"size": n}, n) for n in (512, 1024, 2048, 4096, 8192))),
     Axis("message", "bytes", tuple(_message(label, n) for label, n in MESSAGES.items())),
 )

@@ -24,6 +24,7 @@ AXES = (
             Rung(f"{nodes}x{gpus}", {"nodes": nodes, "gpus": gpus}, place)
             for place, (nodes, gpus) in enumerate(((1, 1), (1, 2), (2, 1), (2, 2)))
         ),
+        named=True,
     ),
 )
 

@@ -106,7 +106,7 @@ AXES = (
             ("aligned", "aligned", 0.0),
             ("aligned-bounded", "aligned", STARVATION_S),
         ))
-    )),
+    ), named=True),
 )  # fmt: skip
 
 ALIGNED, FCFS = {"variant": "aligned"}, {"variant": "fcfs"}

@@ -95,6 +95,7 @@ AXES = (
             Rung("rows", {"rows": "padded", "attention": "padded"}, 1),
             Rung("rows-looped", {"rows": "padded", "attention": "loop"}, 2),
         ),
+        named=True,
     ),
 )
 """On the stages axis a batch takes 80 ms through the whole model, however many stages share it; on the variation axis

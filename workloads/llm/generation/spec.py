@@ -108,6 +108,7 @@ AXES = (
                 }.items()
             )
         ),
+        named=True,
     ),
     Axis(
         "data",

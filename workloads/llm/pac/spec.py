@@ -94,7 +94,12 @@ ON_THE_NEWS: dict[str, Params] = {
 """Each method with the rate that did best on articles it neither trained nor was tested on (studies/pac-rates.yaml)."""
 
 AXES = (
-    Axis("method", "", tuple(Rung(name, params, place) for place, (name, params) in enumerate(ON_THE_NEWS.items()))),
+    Axis(
+        "method",
+        "",
+        tuple(Rung(name, params, place) for place, (name, params) in enumerate(ON_THE_NEWS.items())),
+        named=True,
+    ),
     Axis(
         "data",
         "tokens of a mini-batch",
