@@ -16,7 +16,7 @@ from saih.core import Axis, Params, Rung
 from saih.files import write_json
 from saih.report.results import read
 from saih.verbs.project import _sweep
-from tests.synthetic import Outcome, Scenario, make
+from tests.synthetic import MACHINE, Outcome, Scenario, make
 
 SIZES = (16, 32, 64, 128, 256, 512)
 DATA = Axis("data", "voxels", tuple(Rung(str(size), {"mesh": size}, size) for size in SIZES))
@@ -33,7 +33,7 @@ def sweep(folder: Path, step_s: Callable[[Params], float], name: str = "s", **sc
         "step_s": step_s,
         "shares": {"compute": 1.0},
         "outcome": lambda point: Outcome("pruned", "time", "too long") if point.params["mesh"] == 512 else Outcome(),
-        "ceilings": {"rates": RATES, "sources": {}, "machine": {}},
+        "ceilings": {"rates": RATES, "sources": {}, "machine": MACHINE},
     }
     path = store.gather(make(folder / "jobs", Scenario(**(given | scenario)), name), folder)
     return path, _sweep(read(path))
@@ -89,7 +89,7 @@ def test_more_ranks_bring_communication_that_was_not_there(tmp_path: Path) -> No
     projected = found.by_ceilings(row, asked.loc[row.name])
     assert projected is not None
     assert projected.value == pytest.approx(1.0 + 1.5e6 / RATES["allreduce-torch"])
-    silent = Sweep(found.cells, found.repeats, [], ["data"], Machine("x", {}, {}, None))
+    silent = Sweep(found.cells, [], ["data"], Machine("x", {}, {}, None))
     silent.measured, silent.parts = found.measured, found.parts
     assert silent.by_ceilings(row, asked.loc[row.name]) is None, "no rate, no projection"
 

@@ -46,7 +46,7 @@ class Machine:
             "memory": ("copy",),
             "input": ("read-cold", "read-direct"),
             "transfer": ("upload",),
-            "communication": ("allreduce-nccl", "allreduce-torch", "allreduce-mpi"),
+            "communication": ("allreduce-torch", "allreduce-mpi", "allreduce-torch-nodes", "allreduce-mpi-nodes"),
         }
         if resource == "launch":
             return 1 / float(self.measured.get("launch_s") or "nan")
@@ -91,16 +91,14 @@ class Sweep:
     def __init__(
         self,
         cells: pd.DataFrame,
-        repeats: pd.DataFrame,
         verdicts: Sequence[Verdict],
         sized: Sequence[str],
         here: Machine,
     ) -> None:
-        """`cells` is `per_cell`, `repeats` `per_point`; `sized` are the axes whose rungs have an order."""
+        """`cells` is `per_cell`; `sized` are the axes whose rungs have an order."""
         self.here, self.sized = here, list(sized)
         undisturbed = cells[is_whole(cells)]
         self.cells = undisturbed.assign(series=_series(undisturbed, self.sized))
-        self.repeats = repeats
         self.amounts = amounts(self.cells)
         by_cell = {verdict.cell: verdict for verdict in verdicts}
         self.measured = [str(cell) for cell in self.cells.index if cell in by_cell]
@@ -115,8 +113,10 @@ class Sweep:
         demand = [_over(self.amounts.at[cell, each], self.here.rate(each, precision, False)) for each in RESOURCES[:3]]
         known = np.nan_to_num(demand)
         split = known / known.sum() if known.sum() > 0 else np.array([1.0, 0.0, 0.0])
-        others = [shares[part] for part in ("input", "transfer", "communication", "other")]
-        parts = np.array([*(computing * split), *others])
+        rest = shares["other"] + shares["checkpoint"]
+        parts = np.array(
+            [*(computing * split), *(shares[part] for part in ("input", "transfer", "communication")), rest]
+        )
         return np.asarray(float(self.cells.at[cell, "step_s"]) * parts / parts.sum())
 
     def by_ceilings(
@@ -148,14 +148,11 @@ class Sweep:
     def by_scaling(self, target: pd.Series, without: Sequence[str] = ()) -> Projection | None:
         """From a model of the step times of its series over sizes; None where too few are measured."""
         axes = [axis for axis in self.sized if self.cells[f"size_{axis}"].nunique() > 1]
-        mine = self._sources(str(target["series"]), without)
-        rows = self.repeats[self.repeats["cell"].isin(mine)]
+        mine = self.cells.loc[self._sources(str(target["series"]), without)]
         columns = [f"size_{axis}" for axis in axes]
-        if rows.empty or not 1 <= len(axes) <= 2:
+        if mine.empty or not 1 <= len(axes) <= 2:
             return None
-        model = trend.fit(
-            self.cells.loc[rows["cell"], columns].to_numpy(dtype=float), rows["step_s"].to_numpy(dtype=float), axes
-        )
+        model = trend.fit(mine[columns].to_numpy(dtype=float), mine["step_s"].to_numpy(dtype=float), axes)
         if model is None:
             return None
         found = model.predict([float(target[column]) for column in columns])

@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A value that was not measured, with its 90 % prediction interval for one further measurement."""
+    """A value that was not measured, with its 90 % prediction interval for one further value like those fitted."""
 
     value: float
     low: float
@@ -62,12 +62,12 @@ class Model:
     covariances: tuple[np.ndarray, ...]
     """Of the coefficients."""
     noise: np.ndarray
-    """Relative standard deviation of one measurement, under each hypothesis."""
+    """Relative standard deviation of one value, under each hypothesis: of cells from the law, not of repeats alone."""
     freedom: np.ndarray
     weights: np.ndarray
 
     def predict(self, sizes: Sequence[float]) -> Prediction:
-        """At one point: the median of all hypotheses, and where 90 % of a further measurement would fall."""
+        """At one point: the median of all hypotheses, and where 90 % of further values would fall."""
         rows = [_row(design, np.atleast_2d(np.asarray(sizes, dtype=float)))[0] for design in self.designs]
         centre = np.array([row @ c for row, c in zip(rows, self.coefficients, strict=True)])
         spread = np.array([row @ v @ row for row, v in zip(rows, self.covariances, strict=True)])
@@ -110,10 +110,12 @@ def shape(sizes: Sequence[float], values: Sequence[float]) -> Shape:
 
 
 def fit(sizes: np.ndarray, values: np.ndarray, names: Sequence[str]) -> Model | None:
-    """A model of positive `values` [n], one a measurement, over `sizes` [n, dimensions]; None with too few sizes.
+    """A model of positive `values` [n], one a cell, over `sizes` [n, dimensions]; None with too few sizes.
 
-    Least squares of relative errors: measurements of time scatter in proportion to it. Hypotheses whose terms would
-    have to be negative are left out.
+    Least squares of relative errors: times scatter in proportion to themselves. A value is the mean of a cell's
+    repeats: repeats share what sets their cell apart from the law, such as a kernel that suits its shape, so counting
+    each would make that look like many agreeing measurements. Hypotheses whose terms would have to be negative are
+    left out.
     """
     if min(len(np.unique(column)) for column in sizes.T) < FEWEST_SIZES and sizes.shape[1] == 1:
         return None

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from saih.analysis import numbers
 from saih.analysis.trend import Model, Prediction, fit, shape
-from saih.core import Axis, is_sized
+from saih.core import Axis
 from saih.report.curves import Group, kind_of, scale_of
 from saih.report.figures import SERIES_COLOURS, Line, Panel
 from saih.report.grid import layout, spread, words
@@ -50,7 +49,7 @@ def shapes(results: Results) -> list[dict[str, str]]:
     for axis in results.problem_axes:
         others = [each for each in results.problem_axes if each.name != axis.name]
         for labels, line in _series(results.whole, others):
-            if not is_sized(axis) or line[f"size_{axis.name}"].nunique() < 3:
+            if axis.named or line[f"size_{axis.name}"].nunique() < 3:
                 continue
             found = shape(line[f"size_{axis.name}"].tolist(), line[column].tolist())
             named = dict(zip(line[f"size_{axis.name}"], line[f"label_{axis.name}"], strict=True))
@@ -69,11 +68,11 @@ def shapes(results: Results) -> list[dict[str, str]]:
 def trends(results: Results) -> list[Trend]:
     """A model of step time over the sized axes, for each combination of the others that has enough sizes."""
     plan = layout(results.problem_axes)
-    sized = [axis for axis in (plan.across, plan.lines) if axis is not None and is_sized(axis) and len(axis.rungs) > 2]
+    sized = [axis for axis in (plan.across, plan.lines) if axis is not None and not axis.named and len(axis.rungs) > 2]
     others = [axis for axis in results.problem_axes if axis not in sized]
     found = []
     for number, (labels, cells) in enumerate(_series(results.undisturbed, others)):
-        told = _trend(number, words(labels), cells, sized, results) if sized else None
+        told = _trend(number, words(labels), cells, sized) if sized else None
         found += [told] if told else []
     return found
 
@@ -89,8 +88,8 @@ def extra_p(results: Results) -> str:
 
     Cells that differ in other axes are call paths of their own.
     """
-    sized = [axis for axis in results.problem_axes if is_sized(axis)]
-    others = [axis for axis in results.problem_axes if not is_sized(axis)]
+    sized = [axis for axis in results.problem_axes if not axis.named]
+    others = [axis for axis in results.problem_axes if axis.named]
     lines = []
     for cell, row in results.whole.sort_values([f"size_{axis.name}" for axis in sized]).iterrows():
         place = {
@@ -103,16 +102,15 @@ def extra_p(results: Results) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _trend(number: int, caption: str, cells: pd.DataFrame, sized: list[Axis], results: Results) -> Trend | None:
-    sizes, values, _ = _measurements(cells, sized, results)
-    model = fit(sizes, values, [axis.name for axis in sized]) if len(values) else None
+def _trend(number: int, caption: str, cells: pd.DataFrame, sized: list[Axis]) -> Trend | None:
+    model = _fit(cells, sized)
     if model is None:
         return None
     left = cells[cells["status"] != "measured"].head(MOST_EXTRAPOLATED)
     beyond = [_row(cell, sized, model) for _, cell in left.iterrows()]
     panel = _panel(f"trend-{number}", cells, left, sized, model)
     group = None if left.empty else Group(caption, [panel])
-    rows, line = _held_out(cells, sized, results)
+    rows, line = _held_out(cells, sized)
     return Trend(caption, model.formula(), rows, line, beyond, group)
 
 
@@ -136,12 +134,11 @@ def _panel(name: str, cells: pd.DataFrame, left: pd.DataFrame, sized: list[Axis]
     return Panel(name, title, f"{title}.", told, scale_of(across), "step time (s)", logarithmic=True)
 
 
-def _held_out(cells: pd.DataFrame, sized: list[Axis], results: Results) -> tuple[list[dict[str, str]], str]:
+def _held_out(cells: pd.DataFrame, sized: list[Axis]) -> tuple[list[dict[str, str]], str]:
     """Fit all but the largest rung of the first axis, and predict that: its cells, and a line on them."""
     first = f"size_{sized[0].name}"
     largest = cells[first] == cells.loc[cells["status"] == "measured", first].max()
-    sizes, values, _ = _measurements(cells[~largest], sized, results)
-    model = fit(sizes, values, [axis.name for axis in sized]) if len(values) else None
+    model = _fit(cells[~largest], sized)
     if model is None:
         return [], ""
     told, errors, inside = [], [], []
@@ -160,12 +157,13 @@ def _held_out(cells: pd.DataFrame, sized: list[Axis], results: Results) -> tuple
     return told, line
 
 
-def _measurements(cells: pd.DataFrame, sized: list[Axis], results: Results) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Sizes and step time of each repeat of each measured cell."""
-    names = [f"size_{axis.name}" for axis in sized]
-    rows = results.by_point[results.by_point["cell"].isin(cells.index[cells["status"] == "measured"])]
-    where = cells.loc[rows["cell"], names]
-    return where.to_numpy(dtype=float), rows["step_s"].to_numpy(dtype=float), names
+def _fit(cells: pd.DataFrame, sized: list[Axis]) -> Model | None:
+    """A model of the mean step time of each measured cell."""
+    measured, sizes = cells[cells["status"] == "measured"], [f"size_{axis.name}" for axis in sized]
+    if measured.empty:
+        return None
+    steps_s = measured["step_s"].to_numpy(dtype=float)
+    return fit(measured[sizes].to_numpy(dtype=float), steps_s, [axis.name for axis in sized])
 
 
 def _predict(cell: Mapping[str, Any] | pd.Series, sized: list[Axis], model: Model) -> Prediction:
