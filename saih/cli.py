@@ -132,6 +132,7 @@ def _refine_one(asked: Sweep, site: Site, options: argparse.Namespace) -> int:
     from saih import refine, store
     from saih import sweep as language
     from saih.analysis import cells
+    from saih.analysis.ceilings import sweep_of
 
     if options.time_budget or options.dry_run:
         raise SaihError("--refine TIME is a time budget, and decides as it goes: leave --time-budget and --dry-run out")
@@ -148,7 +149,7 @@ def _refine_one(asked: Sweep, site: Site, options: argparse.Namespace) -> int:
         options.fresh = False  # what the first round set aside stays aside
         results = store.gather(folder, RESULTS, options.mixed)
         points, samples = store.load(results), store.load_samples(results)
-        table = cells.per_cell(points, cells.job_steps(points, samples), points.attrs["sweep"])
+        table = cells.per_cell(points, cells.job_steps(points, samples), sweep_of(points))
         spent_s, before = time.monotonic() - began_s, wanted
         wanted = refine.more(plan, wanted, table, budget_s - spent_s)
         print(
@@ -245,13 +246,16 @@ def report(options: argparse.Namespace) -> int:
 
 def probe(options: argparse.Namespace) -> int:
     """Measure what this site can do at best, and keep it for every later % of peak."""
+    import time
+
     from saih.files import read_json
     from saih.report import page
 
     site = _site(options.site)
     _check_folders()
+    began_s = time.monotonic()
     path, parts = _probe(site, options)
-    print(f"ceilings {path}")
+    print(f"ceilings {path}, measured in {time.monotonic() - began_s:.0f} s")
     print(f"report   {page.write_ceilings(parts, REPORTS / f'{path.stem}.html', read_json(path))}")
     return 0
 
@@ -496,9 +500,10 @@ def _claims_in(path: Path) -> list[dict[str, Any]]:
     from saih import store, workload
     from saih.analysis import cells
     from saih.analysis import claims as judging
+    from saih.analysis.ceilings import sweep_of
 
     points, samples = store.load(path), store.load_samples(path)
-    sweep = points.attrs["sweep"]
+    sweep = sweep_of(points)
     measured = cells.per_point(points, cells.job_steps(points, samples), sweep)
     return judging.evaluate_all(workload.spec(sweep["workload"]).CLAIMS, points, measured, sweep["workload"])
 

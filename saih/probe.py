@@ -20,7 +20,7 @@ WORKLOAD = "ceilings"
 REPEAT = 3
 MESSAGES = tuple(2**power for power in (3, 10, 16, 20, 22, 24, 26))
 DENSE = ("gemm", "conv3d", "copy", "triad")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16", "fp16")}
 AT_ONCE = "kernels at once"
 Axes = Mapping[str, Sequence[Value] | None]
 
@@ -41,7 +41,9 @@ def parts(site: Site) -> dict[str, Part]:
     quick: dict[str, Value] = {"seconds": 0.1, "steps": 3, "max_steps": 20}
     several = _several_ranks(site, quick)
     at_once = {name: part for name, part in several.items() if name == AT_ONCE}  # their rates give way to `kernels`
-    found = at_once | {"kernels": Part({"kernel": DENSE, "size": None, "precision": PRECISIONS}, quick, 40.0)}
+    found = at_once | {
+        "kernels": Part({"kernel": DENSE, "size": None, "precision": PRECISIONS[site.device]}, quick, 40.0)
+    }
     if site.device == "cuda":
         axes: Axes = {"kernel": ("upload", "download"), "pinned": (False, True), "size": (1024, 4096, 8192)}
         found["host link"] = Part(axes, quick, 30.0)
@@ -53,25 +55,34 @@ def parts(site: Site) -> dict[str, Part]:
 
 
 def _several_ranks(site: Site, quick: Mapping[str, Value]) -> dict[str, Part]:
-    """What ranks do at once on a node, and what passes between them, by torch and by MPI where there is one."""
-    if site.nodes * site.gpus_per_node == 1:
-        return {}
-    ranks, most = ("gpus", site.gpus_per_node) if site.gpus_per_node > 1 else ("nodes", site.nodes)
-    powers = [2**power for power in range(1, most.bit_length())]
-    rest: dict[str, Value] = dict(quick) if ranks == "gpus" else {**quick, "gpus": 1}
+    """What ranks do at once on a node; what passes between those of a node, and between all those of several nodes."""
     found = {}
-    if ranks == "gpus":
-        axes: Axes = {"kernel": ("conv3d", "copy"), "size": (1024, 4096), "precision": PRECISIONS, ranks: [1, *powers]}
+    if site.gpus_per_node > 1:
+        gpus = [1, *_counts(site.gpus_per_node)]
+        precisions = PRECISIONS[site.device]
+        axes: Axes = {"kernel": ("conv3d", "copy"), "size": (1024, 4096), "precision": precisions, "gpus": gpus}
         found[AT_ONCE] = Part(axes, quick, 50.0)
-    axes = {"kernel": ("allreduce",), "message_bytes": MESSAGES, ranks: powers}
-    found["collectives"] = Part(axes, rest, 60.0)
+        found |= _between(site, "gpus", site.gpus_per_node, quick, "")
+    if site.nodes > 1:
+        found |= _between(site, "nodes", site.nodes, {**quick, "gpus": site.gpus_per_node}, " over nodes")
+    return found
+
+
+def _between(site: Site, ranks: str, most: int, quick: Mapping[str, Value], where: str) -> dict[str, Part]:
+    """Collectives over up to so many GPUs of a node, or nodes, by torch and by MPI where there is one; two of them."""
+    axes: Axes = {"kernel": ("allreduce",), "message_bytes": MESSAGES, ranks: _counts(most)}
+    found = {f"collectives{where}": Part(axes, quick, 60.0)}
     launcher = _mpi_launcher(site)
     if launcher:
-        axes = {"kernel": ("allreduce",), "transport": ("mpi",), "message_bytes": MESSAGES, ranks: powers}
-        found["collectives over MPI"] = Part(axes, rest, 30.0, launcher)
-    axes = {"kernel": ("pingpong",), "message_bytes": MESSAGES}
-    found["point to point"] = Part(axes, {**rest, ranks: 2}, 30.0)
+        found[f"collectives{where} over MPI"] = Part({**axes, "transport": ("mpi",)}, quick, 30.0, launcher)
+    two: dict[str, Value] = {**quick, "gpus": 1, ranks: 2}
+    found[f"point to point{where}"] = Part({"kernel": ("pingpong",), "message_bytes": MESSAGES}, two, 30.0)
     return found
+
+
+def _counts(most: int) -> list[Value]:
+    """Powers of two from 2 on, and all there are: a node of 6 GPUs is used as 6, not as 4."""
+    return [*(2**power for power in range(1, (most - 1).bit_length())), most]
 
 
 def _mpi_launcher(site: Site) -> str:

@@ -28,7 +28,8 @@ ENVIRONMENT = {
     "saih": "0",
     "commit": "c0ffee",
 }
-CEILINGS = {"rates": {"fp32": 1e9}, "sources": {"fp32": "gemm of size 1024"}, "machine": {}}
+MACHINE = {"processor": "Test CPU", "gpu": "", "torch": "2.0"}
+CEILINGS = {"rates": {"fp32": 1e9}, "sources": {"fp32": "gemm of size 1024"}, "machine": MACHINE}
 """1 GFLOP/s measured; the data sheet of `SITE` says 2."""
 SITE = Site(
     name="testbed",

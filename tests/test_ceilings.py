@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from saih import probe, workload
+from saih import probe, store, workload
 from saih.analysis.ceilings import find_ceilings, merged, mismatch, unit
 from saih.core import Context, Place, Point, Value
 from saih.errors import SaihError
+from saih.report import results
+from saih.report.summary import plain, summarize
 from saih.sweep import make_sweep, points
 from saih.timing import StepClock, run_steps
 from tests.sites import cpu_site
+from tests.synthetic import ENVIRONMENT, Scenario, make
 from workloads.ceilings import bench, files, spec
 from workloads.ceilings.collectives import AllReduce, PingPong
 
@@ -94,6 +97,19 @@ def test_files_are_moved_whole_and_left_nowhere(kernel: str, pattern: str, cache
         assert (fetched >= 2 * moved) == (cache != "warm"), "only a warm file is in memory"
     ready.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ceilings_of_another_machine_are_left_out_and_said_so(tmp_path: Path) -> None:
+    """On a scheduler, which machine a job runs on is known when it has run."""
+    elsewhere = Scenario(environment=lambda point: ENVIRONMENT | {"processor": "Other CPU"})
+    path = store.gather(make(tmp_path / "jobs", elsewhere), tmp_path / "results", mixed=True)
+    found = results.read(path)
+    assert found.cells["percent_of_peak"].isna().all()
+    assert found.cells["percent_of_datasheet"].notna().all()
+    told = "ceilings of another machine are not used (processor is 'Other CPU', not 'Test CPU')"
+    assert told in plain(summarize(found))
+    here = results.read(store.gather(make(tmp_path / "own", Scenario()), tmp_path / "results", mixed=True))
+    assert here.cells["percent_of_peak"].notna().all()
 
 
 def test_blocks_that_are_not_what_was_written_fail(tmp_path: Path) -> None:
@@ -194,12 +210,20 @@ def test_a_site_is_probed_for_what_it_has() -> None:
         "launch and open",
     }
     clustered = probe.parts(site.model_copy(update={"gpus_per_node": 1, "nodes": 4}))
-    assert clustered["collectives"].axes["nodes"] == [2, 4]
-    assert clustered["point to point"].settings["nodes"] == 2
-    assert "kernels at once" not in clustered, "a rank has a node for itself"
+    assert clustered["collectives over nodes"].axes["nodes"] == [2, 4]
+    assert clustered["point to point over nodes"].settings["nodes"] == 2
+    assert not {"kernels at once", "collectives"} & set(clustered), "a rank has a node for itself"
+    both = probe.parts(site.model_copy(update={"gpus_per_node": 6, "nodes": 3}))
+    assert both["collectives"].axes["gpus"] == [2, 4, 6]
+    over_nodes = both["collectives over nodes"]
+    assert (over_nodes.axes["nodes"], over_nodes.settings["gpus"]) == ([2, 3], 6)
+    two = both["point to point over nodes"].settings
+    assert (two["nodes"], two["gpus"]) == (2, 1)
     assert next(iter(probe.parts(site))) == "kernels at once", "its rates give way to those over all sizes"
-    assert "host link" in probe.parts(site.model_copy(update={"device": "cuda"}))
-    for part in (*clustered.values(), *probe.parts(site).values()):
+    gpu = probe.parts(site.model_copy(update={"device": "cuda"}))
+    assert "host link" in gpu
+    assert gpu["kernels"].axes["precision"] == ("fp32", "tf32", "bf16", "fp16")
+    for part in (*clustered.values(), *both.values(), *probe.parts(site).values()):
         asked = make_sweep(probe.WORKLOAD, part.axes, part.settings)
         for point in points(asked, {}):
             assert spec.cost(point.params).operations
@@ -292,9 +316,9 @@ def test_the_largest_all_reduce_of_each_transport_counts() -> None:
 
 
 def test_an_all_reduce_wants_several_ranks_and_numbers_mpi_knows() -> None:
-    for make in (ceiling, lambda **changes: spec.cost(DEFAULTS | changes)):
+    for build in (ceiling, lambda **changes: spec.cost(DEFAULTS | changes)):
         with pytest.raises(SaihError, match="several ranks: --set gpus=2"):
-            make(kernel="allreduce")
+            build(kernel="allreduce")
     assert spec.cost(DEFAULTS | {"kernel": "allreduce", "nodes": 2}).message_bytes == 2**20
     with pytest.raises(SaihError, match="MPI has no bf16"):
         spec.cost(DEFAULTS | {"kernel": "allreduce", "gpus": 2, "transport": "mpi", "precision": "bf16"})

@@ -21,14 +21,14 @@ from matplotlib.image import imread
 
 from saih import cli, site, store, sweep
 from saih.analysis import numbers
-from saih.core import Axis, Params, Rung, is_sized
+from saih.core import Axis, Params, Rung
 from saih.errors import SaihError
 from saih.files import read_json, write_json
 from saih.report import asked, contention, figures, page, results, roofline, trade, trends
 from saih.report.grid import layout, spread
 from saih.site import Peak
 from tests import browser
-from tests.synthetic import CEILINGS, DATA, MODEL, SITE, Outcome, Scenario, ladder, make
+from tests.synthetic import CEILINGS, DATA, MACHINE, MODEL, SITE, Outcome, Scenario, ladder, make
 
 LABELS: dict[str, list[Any]] = {"data": ["16", "32"], "gpus": ["1", "2"]}
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
@@ -113,7 +113,7 @@ def test_headline_for_the_terminal(tmp_path: Path) -> None:
 
 
 ABLATION = Axis(
-    "ablation", "", tuple(Rung(part, {"ablation": part}, at) for at, part in enumerate(("none", "compute")))
+    "ablation", "", tuple(Rung(part, {"ablation": part}, at) for at, part in enumerate(("none", "compute"))), named=True
 )
 READERS = Axis("load_readers", "", tuple(Rung(str(count), {"load_readers": count}, count) for count in (0, 2)))
 
@@ -163,7 +163,7 @@ SHARED = {
     "rates": {"fp32": 1e9, "copy": 1e15, "allreduce-torch": 1e15},
     "together": {"fp32": {"2": 0.6}, "copy": {"2": 1.0}},
     "sources": {},
-    "machine": {},
+    "machine": MACHINE,
 }
 
 
@@ -505,6 +505,7 @@ VARIANT = Axis(
     "variant",
     "",
     tuple(Rung(name, {"variant": name}, at) for at, name in enumerate(("none", "fewer-steps", "mixcache"))),
+    named=True,
 )
 SPEEDUP = Axis("speedup", "x", tuple(Rung(f"{gain:g}", {"speedup": gain}, gain) for gain in (1.5, 2.0)))
 
@@ -566,7 +567,8 @@ def test_a_trade_off_is_drawn_without_its_baseline_but_not_without_quality(tmp_p
 
 
 def test_ceilings_have_a_page_of_rates(tmp_path: Path) -> None:
-    kernels = Axis("kernel", "", tuple(Rung(name, {"kernel": name}, at) for at, name in enumerate(("gemm", "copy"))))
+    rungs = tuple(Rung(name, {"kernel": name}, at) for at, name in enumerate(("gemm", "copy")))
+    kernels = Axis("kernel", "", rungs, named=True)
     scenario = Scenario(
         axes=(kernels, ladder("size", 3)),
         workload="ceilings",
@@ -658,10 +660,10 @@ def test_prefixes() -> None:
 
 
 def test_layout_puts_sizes_across_and_keeps_the_ends() -> None:
-    gpus, kinds = ladder("gpus", 2), Axis("kind", "", (Rung("a", {}, 0), Rung("b", {}, 1)))
+    gpus, kinds = ladder("gpus", 2), Axis("kind", "", (Rung("a", {}, 0), Rung("b", {}, 1)), named=True)
     plan = layout((gpus, kinds, DATA))
     assert (plan.across, plan.lines, plan.others) == (DATA, gpus, (kinds,))
-    assert not is_sized(kinds)
+    assert kinds.named
     assert spread(list(range(100)), 3) == [0, 50, 99]
 
 

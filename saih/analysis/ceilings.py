@@ -59,9 +59,10 @@ def find_ceilings(cells: pd.DataFrame, environment: Mapping[str, Any]) -> dict[s
 
     The largest copy or triad counts, not the fastest: smaller ones fit into a cache. `allreduce-<transport>`: what a
     rank contributes, over the time of the whole collective, largest message, most ranks. `pingpong`: bytes/s one way;
-    `pingpong_s`: one way of the smallest message. `read-cold`, `write-random-direct` and so on: bytes/s of one process
-    that waits for each block. `opens_per_s`: small files. `launch_s`: seconds of a kernel that does nothing.
-    `together`, where kernels ran on several ranks at once too: of these rates, the share that each of so many has.
+    `pingpong_s`: one way of the smallest message. Both get `-nodes` where they are between nodes. `read-cold`,
+    `write-random-direct` and so on: bytes/s of one process that waits for each block. `opens_per_s`: small files.
+    `launch_s`: seconds of a kernel that does nothing. `together`, where kernels ran on several ranks at once too: of
+    these rates, the share that each of so many has.
     """
     measured = cells[cells["status"] == "measured"]
     found = list(_all(_on_fewest_ranks(measured)))
@@ -127,11 +128,13 @@ def _of_kernel(kernel: str, group: pd.DataFrame) -> Iterator[Ceiling]:
         for transport, same in group.groupby("param_transport"):
             largest = same.sort_values(["param_message_bytes", "ranks"]).iloc[-1]
             message = float(largest["param_message_bytes"])
-            yield Ceiling(f"allreduce-{transport}", largest, message, _message(message, largest["ranks"]))
+            name = f"allreduce-{transport}{_where(largest)}"
+            yield Ceiling(name, largest, message, _message(message, largest["ranks"]))
     elif kernel == "pingpong":
         cells = group.sort_values("param_message_bytes")
         smallest, largest = cells.iloc[0], cells.iloc[-1]
         for name, cell, amount in (("pingpong", largest, largest["moved_bytes"]), ("pingpong_s", smallest, 2.0)):
+            name = name.replace("pingpong", f"pingpong{_where(cell)}")
             yield Ceiling(name, cell, amount, _message(float(cell["param_message_bytes"]), 2))
     elif kernel in FILES:
         for (pattern, cache), same in group.groupby(["param_pattern", "param_cache"]):
@@ -145,8 +148,26 @@ def _of_kernel(kernel: str, group: pd.DataFrame) -> Iterator[Ceiling]:
         yield Ceiling(name, cell, cell["units"], f"{cell['units']:g} {source}")
 
 
+def _where(cell: pd.Series) -> str:
+    """What tells a rate between nodes from one between the ranks of a node."""
+    return "-nodes" if cell.get("param_nodes", 1) > 1 else ""
+
+
 def _message(message_bytes: float, ranks: float) -> str:
     return f"{message_bytes / 1e6:.3g} MB on {ranks:g} ranks"
+
+
+def sweep_of(points: pd.DataFrame) -> dict[str, Any]:
+    """The sweep of a results file, from `points.attrs`.
+
+    Ceilings of another machine than the points were measured on are none of theirs: they are left out, and
+    `ceilings_refused` says why. A scheduler chooses the machine, so this is not known any earlier.
+    """
+    sweep = dict(points.attrs["sweep"])
+    found = sweep.get("ceilings")
+    whys = [mismatch(found, each) for each in points.attrs["environments"]] if found and "machine" in found else []
+    why = next(filter(None, whys), "")
+    return sweep | {"ceilings": None, "ceilings_refused": why} if why else sweep
 
 
 def mismatch(ceilings: Mapping[str, Any], environment: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ import pandas as pd
 from saih import store, workload
 from saih.analysis import energy, kinds
 from saih.analysis.bottleneck import Verdict, reads_per_step, verdicts
+from saih.analysis.ceilings import sweep_of
 from saih.analysis.cells import RATES, axes_of, is_whole, job_steps, per_cell, per_point
 from saih.analysis.claims import evaluate_all
 from saih.analysis.scaling import scaling
@@ -51,7 +52,7 @@ class Results:
 
     @cached_property
     def sweep(self) -> Mapping[str, Any]:
-        return dict(self.points.attrs["sweep"])
+        return sweep_of(self.points)
 
     @property
     def environments(self) -> list[dict[str, Any]]:
@@ -136,7 +137,7 @@ class Results:
 def read(path: Path) -> Results:
     """Read and analyse a results file; SaihError where it is not one."""
     points, samples, ranks = store.load(path), store.load_samples(path), store.load_ranks(path)
-    sweep = points.attrs["sweep"]
+    sweep = sweep_of(points)
     steps = job_steps(points, samples)
     spec = _spec(sweep["workload"])
     measured = per_point(points, steps, sweep)

@@ -54,7 +54,7 @@ class Summary:
     """What 100 % is, and where the figure comes from."""
     caveats: list[str]
     diagnoses: list[str]
-    """What was seen that explains the speed, with the cells it holds for."""
+    """What was seen that explains the speed, with the cells it holds for; and that ceilings were refused."""
     counts: dict[str, int]
     repeats_failed: int
     """Failed points of cells that other repeats did measure."""
@@ -114,7 +114,7 @@ def ceiling_intervals(ceilings: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _what(ceiling: str) -> str:
-    kind, _, which = ceiling.partition("-")
+    kind, _, which = ceiling.replace("-nodes", "").partition("-")
     words = {
         "copy": "memory copy",
         "triad": "memory triad",
@@ -128,7 +128,8 @@ def _what(ceiling: str) -> str:
         "opens_per_s": "files opened, read and closed",
         "launch_s": "a kernel launch",
     }
-    return words.get(kind, f"sustained in {ceiling}") + (", page-locked" if which == "pinned" else "")
+    told = words.get(kind, f"sustained in {ceiling}")
+    return told + (", page-locked" if which == "pinned" else "") + (", between nodes" if "-nodes" in ceiling else "")
 
 
 def _ceilings(results: Results) -> list[Allocation]:
@@ -173,13 +174,15 @@ def _ranges(results: Results, cells: pd.DataFrame) -> list[Range]:
 
 
 def _diagnoses(results: Results) -> list[str]:
-    """Each note that checks left, once, after the cells it holds for."""
+    """Whether ceilings were refused; and each note that checks left, once, after the cells it holds for."""
+    refused = results.sweep.get("ceilings_refused", "")
+    told = [f"ceilings of another machine are not used ({refused}); saih probe measures this one's"] if refused else []
     cells: dict[str, list[str]] = {}
     noted = results.measured[results.measured.get("notes", pd.Series("", index=results.measured.index)) != ""]
     for _, cell in noted.iterrows():
         for note in cell["notes"].splitlines():
             cells.setdefault(note, []).append(results.labels(cell))
-    return [f"{'; '.join(labels)}: {note}" for note, labels in cells.items()]
+    return told + [f"{'; '.join(labels)}: {note}" for note, labels in cells.items()]
 
 
 def _is_known(results: Results, column: str) -> bool:

@@ -42,6 +42,7 @@ def accept(options: argparse.Namespace) -> int:
     from saih import store
     from saih.analysis import accept as judging
     from saih.analysis import cells
+    from saih.analysis.ceilings import sweep_of
 
     site, bid = sites.load(options.site), store.load(options.results)
     plan, same = _plan(bid, site, options)
@@ -49,7 +50,7 @@ def accept(options: argparse.Namespace) -> int:
     tables = []
     for path in (options.results, results):
         points, samples = store.load(path), store.load_samples(path)
-        tables.append(cells.per_point(points, cells.job_steps(points, samples), points.attrs["sweep"]))
+        tables.append(cells.per_point(points, cells.job_steps(points, samples), sweep_of(points)))
     first = bid.drop_duplicates("cell").set_index("cell")
     labels = {
         cell: " ".join(f"{axis}={first.at[cell, f'label_{axis}']}" for axis in cells.labels_of(bid)) for cell in same

@@ -99,12 +99,13 @@ def _read(paths: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     from saih import store
     from saih.analysis import cells, energy
+    from saih.analysis.ceilings import sweep_of
     from saih.analysis.compare import measurements
 
     rows, drawn = [], []
     for path in paths:
         points, samples = store.load(path), store.load_samples(path)
-        repeats = cells.per_point(points, cells.job_steps(points, samples), points.attrs["sweep"])
+        repeats = cells.per_point(points, cells.job_steps(points, samples), sweep_of(points))
         rows.append(measurements(points, repeats))
         drawn.append(energy.per_cell(points, samples))
     return pd.concat(rows, ignore_index=True), pd.concat(drawn, ignore_index=True)

@@ -75,7 +75,8 @@ def main() -> None:
             )
         if shutil.which("fio"):
             for kernel, transfer in (("read", Read), ("write", Write)):
-                _beside_fio(kernel, transfer, root / "one.bin")
+                for pattern in ("sequential", "random"):
+                    _beside_fio(kernel, transfer, pattern, root / "one.bin")
         else:
             print("storage: fio is not installed (Debian: apt-get install fio)")
 
@@ -103,14 +104,15 @@ def _fastest_s(root: Path, settings: Mapping[str, Value]) -> float:
     return float(run.samples.loc[run.samples["warmup"] == 0, "step_s"].min())
 
 
-def _beside_fio(kernel: str, kind: type[FileTransfer], path: Path) -> None:
+def _beside_fio(kernel: str, kind: type[FileTransfer], pattern: str, path: Path) -> None:
     """Short turns of both on one file, in random order: the same blocks, one after the other, past the page cache.
 
     Both into the same kind of memory: a disk that is virtual gives several times as much into pages of 2 MiB.
     """
     defaults = {name: parameter.default for name, parameter in workload.parameters(spec).items()}
-    transfer = kind(path, defaults | {"kernel": kernel, "cache": "direct", "file_bytes": FILE_BYTES}, 0)
-    turns = {"fio": lambda: _fio(path, kernel), "saih": lambda: _rate(transfer)}
+    chosen: dict[str, Value] = {"kernel": kernel, "pattern": pattern, "cache": "direct", "file_bytes": FILE_BYTES}
+    transfer, moved = kind(path, defaults | chosen, 0), spec.transferred_bytes(defaults | chosen)
+    turns = {"fio": lambda: _fio(path, kernel, pattern), "saih": lambda: _rate(transfer, moved)}
     rounds: list[dict[str, float]] = []
     for fio_first in np.random.default_rng(0).random(FILE_ROUNDS) < 0.5:
         order = ("fio", "saih") if fio_first else ("saih", "fio")
@@ -119,31 +121,34 @@ def _beside_fio(kernel: str, kind: type[FileTransfer], path: Path) -> None:
     fio, saih = (np.array([each[who] for each in rounds]) for who in ("fio", "saih"))
     ratio, low, high = log_mean_interval(np.log(saih / fio))
     print(
-        f"storage {kernel}, O_DIRECT, 1 MiB, one file, {FILE_ROUNDS} turns each: fio {np.median(fio):.4g} B/s, saih "
-        f"{np.median(saih):.4g}; saih over fio {ratio:.3f} [{low:.3f}, {high:.3f}] (target: 0.9 to 1.1)",
+        f"storage {kernel}, {pattern}, O_DIRECT, one file, {FILE_ROUNDS} turns each: fio {np.median(fio):.4g} B/s, "
+        f"saih {np.median(saih):.4g}; saih over fio {ratio:.3f} [{low:.3f}, {high:.3f}] (target: 0.9 to 1.1)",
         flush=True,
     )
 
 
-def _rate(transfer: FileTransfer) -> float:
-    """Mean bytes/s of a few passes over the file."""
+def _rate(transfer: FileTransfer, moved_bytes: int) -> float:
+    """Mean bytes/s of a few calls, each of which moves so many bytes."""
     began_s = time.perf_counter()
     for _ in range(FILE_PASSES):
         transfer.call()
-    return FILE_PASSES * FILE_BYTES / (time.perf_counter() - began_s)
+    return FILE_PASSES * moved_bytes / (time.perf_counter() - began_s)
 
 
-def _fio(path: Path, kernel: str) -> float:
-    """Mean bytes/s of one process that waits for each block of 1 MiB, past the page cache, and after a pass for all."""
-    blocks = FILE_BYTES // 2**20
+def _fio(path: Path, kernel: str, pattern: str) -> float:
+    """Mean bytes/s of one process that waits for each block, past the page cache, and after a pass for all."""
+    is_random = pattern == "random"
+    block_bytes = spec.RANDOM_BLOCK_BYTES if is_random else spec.SEQUENTIAL_BLOCK_BYTES
+    blocks = spec.RANDOM_BLOCKS if is_random else FILE_BYTES // block_bytes
+    way = f"rand{kernel}" if is_random else kernel
     told = _output(
-        *("fio", "--name=one", f"--filename={path}", f"--rw={kernel}", "--bs=1M", f"--size={FILE_BYTES}"),
+        *("fio", "--name=one", f"--filename={path}", f"--rw={way}", f"--bs={block_bytes}"),
+        *(f"--size={FILE_BYTES}", f"--io_size={FILE_PASSES * blocks * block_bytes}", "--norandommap", "--randseed=1"),
         *(
             "--ioengine=psync",
             "--mem=mmapshared",
             "--direct=1",
             "--numjobs=1",
-            f"--loops={FILE_PASSES}",
             "--output-format=json",
         ),
         *((f"--fdatasync={blocks}", "--overwrite=1") if kernel == "write" else ()),
