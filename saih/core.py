@@ -16,7 +16,7 @@ from saih.files import digest
 FORMAT = 1
 """Number of the layout of sweep.json, pack.json, measurement.json and the results file."""
 
-PHASES = ("input", "transfer", "compute", "communication", "other")
+PHASES = ("input", "transfer", "compute", "communication", "other", "checkpoint")
 
 WHOLE = "none"
 """The rung of the axis `ablation` that leaves a step as it is."""

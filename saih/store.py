@@ -97,6 +97,8 @@ def load_samples(path: Path | str) -> pd.DataFrame:
     """Raw samples: one row a rank and step; `point` is the row of the flat table; `step_s` is the sum of the phases."""
     with _open(Path(path)) as file:
         frame = _load_table(file, "samples")
+    unknown = [f"{phase}_s" for phase in PHASES if f"{phase}_s" not in frame]  # in files from before they had a name
+    frame = frame.assign(**dict.fromkeys(unknown, 0.0))
     frame["step_s"] = frame[[f"{phase}_s" for phase in PHASES]].sum(axis=1)
     return frame
 
@@ -234,12 +236,14 @@ def _append_samples(samples: dict[str, list[np.ndarray]], row: int, home: Path, 
                 name: np.full(count, np.nan) if warmup else arrays[name].reshape(count)
                 for name in _sample_columns()[-3:]
             }
+            told = zip(PHASES, np.moveaxis(phase_s, -1, 0).reshape(-1, count), strict=False)  # older ones have fewer
             columns = {
                 "point": np.full(count, row),
                 "rank": np.repeat(np.arange(ranks), steps),
                 "step": np.tile(np.arange(steps), ranks),
                 "warmup": np.full(count, warmup),
-                **{f"{phase}_s": phase_s[..., place].reshape(count) for place, phase in enumerate(PHASES)},
+                **{f"{phase}_s": np.zeros(count) for phase in PHASES},
+                **{f"{phase}_s": seconds for phase, seconds in told},
                 **done,
             }
             for name, values in columns.items():

@@ -262,3 +262,33 @@ def test_a_variant_with_more_work_in_the_same_time_makes_no_launch_of_the_other(
     more = Cell([{"compute": 1.0}], flop=0.6e9, moved_bytes=0.2e9, size=2)
     assert "work^0.00" in judge(few, more, axis=("size", (1, 2)))[0].evidence
     assert "work^" not in judge(few, more, axis=("variant", (0, 1)))[0].evidence
+
+
+@settings(max_examples=30)
+@given(st.floats(0.05, 0.9), st.floats(0.05, 0.9))
+def test_computing_is_split_by_what_its_ceilings_take(flop_s: float, moving_s: float) -> None:
+    """A step as long as the longer of the two, and some time that no ceiling explains: with a ceiling twice as high."""
+    unexplained_s = 1.0 - max(flop_s, moving_s)
+    verdict = one(judge(Cell([{"compute": 1.0}], flop=1e9 * flop_s, moved_bytes=1e9 * moving_s)))
+    assert {name: limit.of_step for name, limit in verdict.limits.items()} == pytest.approx(
+        {"FLOP": flop_s, "memory": moving_s, "launch": 0.0}, rel=1e-3
+    )
+    gains = {"FLOP": (flop_s / 2, moving_s), "memory": (flop_s, moving_s / 2), "launch": (flop_s, moving_s)}
+    for name, halves in gains.items():
+        assert verdict.limits[name].gain == pytest.approx(1 / (max(halves) + unexplained_s), rel=1e-3)
+    assert verdict.limits["FLOP"].low < verdict.limits["FLOP"].of_step < verdict.limits["FLOP"].high
+
+
+def test_computing_that_hardly_grows_goes_to_launches_for_the_part_that_does_not() -> None:
+    small = Cell([{"compute": 0.8, "other": 0.2}], flop=0.01e9, moved_bytes=0.01e9)
+    large = Cell([{"compute": 0.8 * 4**0.25, "other": 0.2}], flop=0.04e9, moved_bytes=0.04e9, size=2)
+    limit = judge(small, large)[0].limits["launch"]
+    assert limit.of_step == pytest.approx(0.8 * 0.75, rel=1e-6)
+    assert limit.gain == pytest.approx(1 / 0.7, rel=1e-6)
+
+
+def test_a_checkpoint_is_a_part_of_its_own_and_makes_no_straggler_of_who_writes() -> None:
+    verdict = one(judge(Cell([{"compute": 0.2, "checkpoint": 0.8}, {"compute": 0.2, "checkpoint": 0.79}])))
+    assert (verdict.bottleneck, verdict.certain) == ("checkpoint", True)
+    assert verdict.shares["checkpoint"].gain_of_doubling()[0] == pytest.approx(1 / 0.6)
+    assert verdict.shares["straggler"].of_step == pytest.approx(0.0, abs=1e-9)

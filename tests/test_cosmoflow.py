@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from saih import workload
-from saih.core import Context, Place, Point, Value
+from saih.core import PHASES, Context, Place, Point, Value
 from saih.errors import SaihError
 from saih.timing import StepClock, Unclocked, run_steps
 from tests.cosmoflow_ranks import peak_allocated
@@ -140,6 +140,27 @@ def test_steps_train_and_count_their_work(training: bench.Training) -> None:
     assert [work.units for work in samples.work] == [2, 2]
     assert samples.work[0].flop == training.cost.flop
     assert all(phases[0] > 0 and phases[2] > 0 and phases[3] == 0 for phases in samples.phase_s)
+
+
+def test_a_checkpoint_has_what_is_in_memory_and_counts_as_one(tmp_path: Path) -> None:
+    point = Point("cosmoflow", params(mesh=16, width=2, samples=4, save=True))
+    saving = bench.setup(point, Context(Place(0, 0, 1), "cpu", str(tmp_path)))
+    assert saving.check().passed
+    samples = run_steps(saving, StepClock("cpu"), 2)
+    assert all(step[PHASES.index("checkpoint")] > 0 for step in samples.phase_s)
+    assert saving.checkpoint is not None
+    written = torch.load(saving.checkpoint.path, weights_only=True)
+    for name, weight in saving.parallel.network.state_dict().items():
+        assert torch.equal(written["network"][name], weight)
+    moments = [each["momentum_buffer"] for each in written["optimizer"]["state"].values()]
+    assert sum(moment.numel() for moment in moments) == spec.cost(point.params).parameters
+    assert saving.checkpoint.path.stat().st_size == pytest.approx(8 * spec.cost(point.params).parameters, rel=0.2)
+    with torch.no_grad():
+        next(saving.parallel.network.parameters()).add_(1.0)
+    assert not saving.checkpoint.is_what_is_in_memory()
+    path = saving.checkpoint.path
+    saving.close()
+    assert not path.exists()
 
 
 def test_memory_and_storage_give_the_same_steps(tmp_path: Path) -> None:

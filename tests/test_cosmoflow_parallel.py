@@ -17,6 +17,8 @@ CASES: dict[int, dict[str, dict[str, Value]]] = {
         "ddp": {},
         "ddp-bf16": {"precision": "bf16"},
         "fsdp": {"backend": "fsdp"},
+        "ddp-save": {"save": True},
+        "fsdp-save": {"backend": "fsdp", "save": True},
         "fsdp-vit": {"backend": "fsdp", "family": "vit", "width": 64, "depth": 2},
         "spatial": {"backend": "spatial"},
         "spatial-contiguous": {"backend": "spatial", "layout": "contiguous", "batch": 1},

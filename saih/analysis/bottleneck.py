@@ -17,12 +17,14 @@ import pandas as pd
 
 from saih.analysis.cells import axes_of, copy_rate, is_whole, labels_of, peaks
 from saih.analysis.intervals import student_t
-from saih.core import PARTS, WHOLE, is_sized
+from saih.core import PARTS, WHOLE
 
 STRAGGLER = "straggler"
-TIMED = ("input", "transfer", "compute", "communication", "other", STRAGGLER)
+TIMED = ("input", "transfer", "compute", "communication", "checkpoint", "other", STRAGGLER)
 """Parts of a step, as the clocks of all ranks tell them; they add up to the step."""
-BOTTLENECKS = ("storage", *TIMED, "FLOP", "memory", "launch")
+LIMITS = ("FLOP", "memory", "launch")
+"""What time spent computing goes to: arithmetic, traffic, or starting kernels whatever they do."""
+BOTTLENECKS = ("storage", *TIMED, *LIMITS)
 """All verdicts: `storage` is input fetched from there; `compute` is told apart wherever ceilings are known."""
 FLAT = 0.5
 """Time that grows with the work to less than this power is mostly not spent on it, but on launches."""
@@ -68,6 +70,20 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """Of computing: the share of the step that one of LIMITS takes, at its ceiling if not timed, with its interval.
+
+    Shares need not add up to that of computing: arithmetic and traffic overlap, and some of it no ceiling explains.
+    """
+
+    of_step: float
+    low: float
+    high: float
+    gain: float
+    """How many times faster the step gets if this ceiling is twice as high and all time above ceilings stays."""
+
+
+@dataclass(frozen=True)
 class Slowest:
     """The rank that is busy longest most often."""
 
@@ -86,6 +102,8 @@ class Verdict:
     certain: bool
     shares: Mapping[str, Share]
     """TIMED part -> share, largest first."""
+    limits: Mapping[str, Limit]
+    """What computing splits into, of LIMITS those that are known, largest first."""
     evidence: str
     """The experiment or the measurement it rests on, in words with its numbers."""
     from_storage: float
@@ -111,7 +129,7 @@ def verdicts(
     shares = _shares(whole.index, points, repeats, timed)
     compute_s = pd.Series({cell: shares[cell]["compute"].of_step * whole.at[cell, "step_s"] for cell in whole.index})
     demands = _demands(whole, points, sweep)
-    sized = [axis.name for axis in axes_of(sweep) if is_sized(axis)]
+    sized = [axis.name for axis in axes_of(sweep) if not axis.named]
     steepness = elasticities(whole, compute_s, demands[["FLOP", "memory"]].max(axis=1), sized)
     filled = demands.div(compute_s.where(compute_s > 0), axis=0).to_dict("index")
     fetched, slowest = from_storage(points, samples, ranks).to_dict(), slowest_ranks(points, samples, ranks)
@@ -120,6 +138,7 @@ def verdicts(
             cell,
             shares[cell],
             {part: share for part, share in filled[cell].items() if not np.isnan(share)},
+            _apart(whole.loc[cell]),
             steepness.get(cell),
             float(fetched.get(cell, np.nan)),
             slowest.get(cell),
@@ -139,7 +158,7 @@ def parts_of_step(samples: pd.DataFrame) -> pd.DataFrame:
     steps = busy.groupby(keys)
     slowest = busy[steps.cumcount(ascending=False) == 0].set_index(keys)
     median = busy[steps.cumcount() == (steps["busy_s"].transform("size") - 1) // 2].set_index(keys)
-    own = [f"{part}_s" for part in ("input", "transfer", "compute", "other")]
+    own = [f"{part}_s" for part in ("input", "transfer", "compute", "checkpoint", "other")]
     typical = median[own]
     straggler_s = slowest["busy_s"] - median["busy_s"]
     table = typical.assign(communication_s=slowest["communication_s"], straggler_s=straggler_s)
@@ -236,8 +255,9 @@ def _slopes(ladder: pd.DataFrame) -> Iterator[tuple[str, float]]:
 
 
 def _busy(samples: pd.DataFrame) -> pd.DataFrame:
+    """Timed steps, and how long each rank is busy in them: not with waiting for others, nor with writing together."""
     timed = samples[samples["warmup"] == 0]
-    return timed.assign(busy_s=timed["step_s"] - timed["communication_s"])
+    return timed.assign(busy_s=timed["step_s"] - timed["communication_s"] - timed["checkpoint_s"])
 
 
 def _demands(whole: pd.DataFrame, points: pd.DataFrame, sweep: Mapping[str, Any]) -> pd.DataFrame:
@@ -319,6 +339,7 @@ def _judge(
     cell: str,
     shares: dict[str, Share],
     filled: Mapping[str, float],
+    apart: tuple[float, float],
     steepness: float | None,
     fetched: float,
     slowest: Slowest | None,
@@ -336,7 +357,35 @@ def _judge(
         clear = slowest.of_steps >= ALWAYS
         reason = f"rank {slowest.rank} on {slowest.host} is the slowest in {100 * slowest.of_steps:.0f} % of the steps"
     evidence = f"{evidence}; {reason}" if reason else evidence
-    return Verdict(cell, name, certain and clear, shares, evidence, fetched, slowest)
+    limits = _limits(shares["compute"].of_step, filled, apart, steepness)
+    return Verdict(cell, name, certain and clear, shares, limits, evidence, fetched, slowest)
+
+
+def _apart(cell: pd.Series) -> tuple[float, float]:
+    """The step over the ends of its interval, the later one first; NaN with one repeat."""
+    if cell["repeats"] < 2:
+        return float("nan"), float("nan")
+    return float(cell["step_s"] / cell["step_s_high"]), float(cell["step_s"] / cell["step_s_low"])
+
+
+def _limits(
+    computing: float, filled: Mapping[str, float], apart: tuple[float, float], steepness: float | None
+) -> dict[str, Limit]:
+    """Share of the step of each of LIMITS, and the gain of doubling it by the roofline (Williams et al., 2009).
+
+    Of computing that hardly grows with its work, what does not grow is launching, whatever one launch takes alone.
+    """
+    known = {name: computing * share for name, share in filled.items()}
+    if steepness is not None and steepness < FLAT:
+        known["launch"] = max(known.get("launch", 0.0), computing * (1 - max(0.0, steepness)))
+    shares = {name: _clip(share) for name, share in known.items()}
+    bound = max(shares.values(), default=0.0)
+    found = {}
+    for name, share in shares.items():
+        with_half = max([share / 2, *(other for rest, other in shares.items() if rest != name)])
+        low, high = (_clip(share * end) for end in apart)
+        found[name] = Limit(share, low, high, gain=1 / (1 - bound + with_half))
+    return dict(sorted(found.items(), key=lambda item: -item[1].of_step))
 
 
 def _split_input(fetched: float) -> tuple[str, str]:

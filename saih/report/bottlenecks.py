@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from saih.analysis import numbers
-from saih.analysis.bottleneck import CACHED_SHARE, TIMED, Share, Verdict
+from saih.analysis.bottleneck import CACHED_SHARE, LIMITS, TIMED, Limit, Share, Verdict
 from saih.report.grid import MOST_GROUPS, layout, left_out, spread, words
 from saih.report.results import Results
 
@@ -79,6 +80,10 @@ def table(results: Results) -> pd.DataFrame:
             share = verdict.shares[part]
             record |= {f"share_{part}": share.of_step, f"share_{part}_low": share.low, f"share_{part}_high": share.high}
             record |= {f"ablated_{part}": share.ablated, f"gain_{part}": share.gain_of_doubling()[0]}
+        for name in LIMITS:
+            if limit := verdict.limits.get(name):
+                record |= {f"share_{name}": limit.of_step, f"gain_{name}": limit.gain}
+                record |= {f"share_{name}_low": limit.low, f"share_{name}_high": limit.high}
         records.append(record)
     return pd.DataFrame(records)
 
@@ -96,8 +101,18 @@ def _row(results: Results, verdict: Verdict) -> dict[str, Any]:
         "evidence": verdict.evidence,
         "cached": verdict.from_storage < CACHED_SHARE,
         "slowest": verdict.slowest,
-        "parts": [(part, share.ablated, _percent(share), _gain(share)) for part, share in visible.items()],
+        "parts": [line for part in visible for line in _lines(verdict, part)],
     }
+
+
+def _lines(verdict: Verdict, part: str) -> Iterator[tuple[str, bool, tuple[str, str], tuple[str, str]]]:
+    """(name, whether an experiment shows it, share, gain) of a part, and of what computing goes to."""
+    share = verdict.shares[part]
+    yield part, share.ablated, _percent(share), _gain(share)
+    if part == "compute":
+        for name, limit in verdict.limits.items():
+            if limit.of_step >= VISIBLE_SHARE:
+                yield f"compute: {name}", False, _percent(limit), (f"{limit.gain:.2f} x", "the rest as it is")
 
 
 def _map(caption: str, cells: pd.DataFrame, plan: Any, by_cell: dict[str, Verdict]) -> Map:
@@ -118,7 +133,7 @@ def _square(verdict: Verdict | None) -> tuple[str, str, bool]:
     return verdict.bottleneck, f"{100 * largest.of_step:.0f} %", verdict.certain
 
 
-def _percent(share: Share) -> tuple[str, str]:
+def _percent(share: Share | Limit) -> tuple[str, str]:
     """The value, and its interval."""
     return f"{100 * share.of_step:.3g} %", numbers.bracketed(100 * share.low, 100 * share.high, " %").strip()
 

@@ -21,6 +21,7 @@ WORDS = {
     "compute": "compute",
     "communication": "network",
     "transfer": "host link",
+    "checkpoint": "storage that is written to",
 }
 """Parts of a step that a buyer can buy faster -> what they are called on the front page."""
 NOT_MEASURED = "not measured"

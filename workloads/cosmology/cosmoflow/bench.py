@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, repeat
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from workloads.cosmology.cosmoflow.data import VALIDATION_SEED, Standard, traini
 from workloads.cosmology.cosmoflow.model import Regressor, build
 from workloads.cosmology.cosmoflow.networks import TARGETS
 from workloads.cosmology.cosmoflow.parallel import Spatial, parallel
+from workloads.cosmology.cosmoflow.saving import Checkpoint
 from workloads.cosmology.cosmoflow.spatial import gradient_error
 from workloads.cosmology.loader import Loader, Order
 from workloads.cosmology.volumes import Volumes
@@ -65,6 +67,8 @@ class Training:
         pinned = self.device.startswith("cuda")
         self.loader = Loader(volumes, self.order.steps(), int(self.params["readers"]), pinned=pinned)
         self.batches: Iterator[tuple[Tensor, Tensor]] = iter(self.loader)
+        path = Path(context.data_folder, f"checkpoint-{point.id}")
+        self.checkpoint = Checkpoint(path, network, self.optimizer, self.place) if self.params["save"] else None
         self.slow_rank_s = float(self.params["emulated_slow_rank_s"])
         self.link_bytes_per_s = float(self.params["emulated_link_bytes_per_s"])
 
@@ -83,13 +87,18 @@ class Training:
         if self.target_mae > 0:
             together = self.batch * self.parallel.reader[1]
             self.learnt["samples_to_target"] = self.learnt["epochs"] * lesson.steps_per_epoch * together
-        self.optimizer = learner.optimizer  # what is timed is the step that has learnt
+        self.optimizer = learner.optimizer  # what is timed, and saved, is the step that has learnt
+        if self.checkpoint:
+            self.checkpoint.optimizer = learner.optimizer
 
     def step(self, clock: Clock) -> Work:
         """`communication` is what backward waits for after its last gradient: the part no computation hides."""
         loss = self._loss(self.parallel.model, *self._next(clock))
         self._lag()
         self._update(loss, self.optimizer, self.scaler, clock)
+        if self.checkpoint:
+            clock.enter("checkpoint")
+            self.checkpoint.save()
         return Work(self.cost.work, self.cost.flop, sum(operation.moved_bytes for operation in self.cost.operations))
 
     def ablate(self, part: str) -> None:
@@ -136,12 +145,14 @@ class Training:
         numbers = self._losses_on_a_fixed_batch()
         if self.place.world > 1 or not spec.is_plain(self.params):
             numbers["gradient_error"] = self._gradient_error()
+        saved = self._saves()
         notes = self._diagnose()
         network.train()
         numbers |= self.learnt
         wrongs = {
             "a number is not finite": not all(math.isfinite(value) for value in numbers.values()),
             "the loss does not fall on a fixed batch": not numbers["loss_last"] < numbers["loss_first"],
+            "a checkpoint is not what was in memory": not saved,
             "gradients differ from those of the plain step on the joined batch": (
                 numbers.get("gradient_error", 0.0) > TOLERANCE[self.precision]
             ),
@@ -152,6 +163,8 @@ class Training:
         return Check(not why, numbers, why and f"{why}: {told}", notes)
 
     def close(self) -> None:
+        if self.checkpoint:
+            self.checkpoint.close()
         self.loader.close()
         self.parallel.close()
         execution.allow_tf32(False, self.device)
@@ -289,6 +302,13 @@ class Training:
             (nn.functional.mse_loss(outputs_BT, targets_BT) / readers).backward()
         joined = _flat([each.grad for each in plain.parameters()])
         return float((shared - joined).norm() / joined.norm())
+
+    def _saves(self) -> bool:
+        """Whether a checkpoint, where steps are to write one, has what is in memory."""
+        if not self.checkpoint:
+            return True
+        self.checkpoint.save()
+        return self.checkpoint.is_what_is_in_memory()
 
     def _diagnose(self) -> tuple[str, ...]:
         """What the kernels of a forward pass tell; not of compiled ones, which have names of their own."""

@@ -105,6 +105,9 @@ PARAMETERS = (
     ),
     Parameter("checkpoint", False, "", "keep the inputs of stages alone and compute the rest anew in backward"),
     Parameter(
+        "save", False, "", "each step ends with network and optimizer written to storage; a step of n costs 1/n of it"
+    ),
+    Parameter(
         "layout", "channels-last", "", "order of a volume's numbers in memory", choices=("channels-last", "contiguous")
     ),
     Parameter(
@@ -364,6 +367,7 @@ def cost(params: Params) -> Cost:
     slabs = ranks if params["backend"] == "spatial" else 1
     word = 2 if params["precision"] in ("bf16", "fp16") else 4
     data = disk_bytes(params)
+    saved = 8.0 * net.parameters if params["save"] else 0.0  # weights and momentum
     return Cost(
         flop=net.training_flop * batch / slabs,
         work=batch / slabs,
@@ -373,7 +377,7 @@ def cost(params: Params) -> Cost:
         device_bytes=_memory(net, batch, word, params),
         input_bytes=batch * sample_bytes(params),
         message_bytes=4.0 * net.parameters if ranks > 1 else 0.0,
-        disk_bytes=data,
+        disk_bytes=data + saved,
         data_set=f"{params['mesh']}^3 x {params['channels']}, {data / 1e6:.6g} MB in {params['storage']}",
         setup_s=data / GENERATE_BYTES_PER_S,
         check_steps=4 + (0 if ranks == 1 and is_plain(params) else 1 + min(ranks, 8)) + lesson_steps(params),
