@@ -236,7 +236,9 @@ def _append_samples(samples: dict[str, list[np.ndarray]], row: int, home: Path, 
                 name: np.full(count, np.nan) if warmup else arrays[name].reshape(count)
                 for name in _sample_columns()[-3:]
             }
-            told = zip(PHASES, np.moveaxis(phase_s, -1, 0).reshape(-1, count), strict=False)  # older ones have fewer
+            told = zip(
+                PHASES, np.moveaxis(phase_s, -1, 0).reshape(phase_s.shape[-1], count), strict=False
+            )  # older ones have fewer
             columns = {
                 "point": np.full(count, row),
                 "rank": np.repeat(np.arange(ranks), steps),

@@ -66,6 +66,8 @@ class Scenario:
     workload: str = "synthetic"
     repeat: int = 1
     steps: int = 5
+    warmup: int = 1
+    phases: Sequence[str] = PHASES
     flop: Callable[[Params], float] = lambda params: 1e8
     """FLOP of one step on one rank."""
     step_s: Callable[[Params], float] = lambda params: 1.0
@@ -161,13 +163,13 @@ def _samples(scenario: Scenario, point: Point) -> bytes:
     """Every rank alike; steps and repeats spread evenly around the wanted time."""
     spread = 1 + scenario.jitter * (_centred(scenario.steps) + _centred(scenario.repeat)[point.repeat])
     step_s = scenario.step_s(point.params) * spread
-    phase_s = np.outer(step_s, [scenario.shares.get(phase, 0.0) for phase in PHASES])
+    phase_s = np.outer(step_s, [scenario.shares.get(phase, 0.0) for phase in scenario.phases])
     each = (point.ranks, scenario.steps)
     packed = io.BytesIO()
     np.savez(
         packed,
-        warmup_phase_s=np.broadcast_to(2 * phase_s[:1], (point.ranks, 1, len(PHASES))),
-        phase_s=np.broadcast_to(phase_s, (*each, len(PHASES))),
+        warmup_phase_s=np.broadcast_to(2 * phase_s[:1], (point.ranks, scenario.warmup, len(scenario.phases))),
+        phase_s=np.broadcast_to(phase_s, (*each, len(scenario.phases))),
         units=np.full(each, scenario.units),
         flop=np.full(each, scenario.flop(point.params)),
         moved_bytes=np.full(each, 1e6),

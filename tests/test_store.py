@@ -86,6 +86,17 @@ def test_the_job_folders_stay_and_gathering_again_gives_the_same(tmp_path: Path,
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["synthetic-sweep.h5"]
 
 
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_samples_of_workers_that_knew_fewer_phases_are_gathered(warmup: int, tmp_path: Path) -> None:
+    before = Scenario(warmup=warmup, phases=PHASES[:-1])
+    samples = store.load_samples(store.gather(make(tmp_path / "jobs", before), tmp_path / "results"))
+    timed = samples[~samples["warmup"].astype(bool)]
+    assert len(samples) - len(timed) == warmup * samples["point"].nunique()
+    assert (samples[f"{PHASES[-1]}_s"] == 0).all()
+    assert timed["compute_s"].to_numpy() == pytest.approx(0.8)
+    assert timed["step_s"].to_numpy() == pytest.approx(1.0)
+
+
 def test_plain_hdf5_tools_read_it(results: Path, require: Callable[[str], str]) -> None:
     with h5py.File(results) as file:
         assert file["points/id"].shape == file["points/status"].shape
