@@ -399,3 +399,5 @@ class Context:
     """A torch device: "cpu" or "cuda:0"."""
     data_folder: str
     """Where data sets live; shared by all ranks."""
+    kept_folder: str = ""
+    """Of this point alone, to be made: what an interrupted point keeps for its next try. --fresh sets it aside."""

@@ -130,7 +130,8 @@ class Launch:
         torch.manual_seed(point.seed)
         clock = StepClock(self.device)
         start_s = time.perf_counter()
-        bench = workload.bench(point.workload).setup(point, Context(self.place, self.device, self.pack.data_folder))
+        context = Context(self.place, self.device, self.pack.data_folder, str(folder / "kept"))
+        bench = workload.bench(point.workload).setup(point, context)
         try:
             ready_s = time.perf_counter()
             check = self._unanimous(bench.check())

@@ -267,7 +267,7 @@ def joint(rank: int, folder: str) -> None:
         tiny = {"model": "gpt-tiny", "gpus": 2, "span": "whole", "samples": 16, "length": 12, "micro_batches": 2}
         known = workload.parameters(workload.spec("pac"))
         point = Point("pac", {each.name: each.default for each in known.values()} | tiny | changes)
-        bench: Any = workload.bench("pac").setup(point, Context(Place(rank, rank, 2), "cpu", folder))
+        bench: Any = workload.bench("pac").setup(point, Context(Place(rank, rank, 2), "cpu", folder, f"{folder}/kept"))
         check = bench.check()
         assert check.passed, check.why
         losses = []

@@ -99,12 +99,14 @@ def test_killed_ranks_are_told_and_the_same_command_goes_on(tmp_path: Path) -> N
         )
         stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cache-*.h5")}
         assert len(stamps) == (2 if finished else 0)
+        kept = list(tmp_path.glob("jobs/*/points/*/kept/*"))  # which --fresh sets aside
+        assert bool(kept) == bool(finished)
     (found,) = sweep(tmp_path, *words).to_dict("records")
     assert found["status"] == "measured"
     assert found["check_finished_before"] == 2
     assert found["check_loss_difference"] < 1e-5
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    assert not list(tmp_path.rglob("epochs-of-*")), "nothing is kept of what is measured"
+    assert not list(tmp_path.rglob("kept")), "nothing is kept of what is measured"
 
 
 @pytest.mark.parametrize(

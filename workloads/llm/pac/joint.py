@@ -31,8 +31,8 @@ COMPARED_EPOCHS = 3
 class JointEpochs:
     """A fine-tuning over ranks, the epochs of which are timed: the first, a later one, or all of them.
 
-    What it has finished lies in a folder of this point below the data folder until the point is measured, so that a
-    run which lost a rank goes on when it is started again.
+    What it has finished is kept until the point is measured, so that a run which lost a rank goes on when it is started
+    again.
     """
 
     def __init__(self, point: Point, context: Context, settings: Settings, data: DataSet, recipe: Recipe) -> None:
@@ -41,11 +41,10 @@ class JointEpochs:
         self.settings, self.data, self.recipe = settings, data, recipe
         self.samples, self.cost = range(int(params["samples"])), spec.cost(params)
         self.profile, self.plan = make_plan(params, settings, data.batch(self.samples[: recipe.batch]))
-        root = Path(context.data_folder)
-        cache = self._cache(root) if settings.variant == "pa-cache" else None
+        cache = self._cache(Path(context.data_folder)) if settings.variant == "pa-cache" else None
         folder = None
         if cache is not None:
-            folder = root / "pac" / f"epochs-of-{point.folder}"
+            folder = Path(context.kept_folder)
             folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.lost = folder, False
         self.together = Collaboration(
