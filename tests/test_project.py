@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,27 @@ def test_the_verb_never_calls_it_measured(tmp_path: Path, capsys: pytest.Capture
     assert "by ceilings 5 cells: median error" in left
     assert "by scaling  5 cells: median error" in left
     assert json.loads(said(capsys, path, "--leave-out", "--json"))["results"][0]["summary"]["ceilings"]["cells"] == 5
+
+
+def test_the_page_tells_projected_from_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, found = sweep(tmp_path, lambda params: 0.1 + 1e-6 * params["mesh"] ** 3)
+    page = tmp_path / "page.html"
+    assert said(capsys, path, "-o", page).endswith(f"page     {page}\n")
+    source = page.read_text()
+    assert "<h1>Projected, not measured</h1>" in source
+    drawn = re.findall(r"<tr><th scope=\"row\">([^<]*)</th><td>([^<]*)</td>.*?kind-(\w+)", source)
+    assert [x for line, x, kind in drawn if kind == "measured"] == [f"{n}" for n in SIZES if n != 512]
+    assert {(line, x) for line, x, kind in drawn if kind == "projected"} == {
+        ("by ceilings", "512"),
+        ("by scaling", "512"),
+    }
+    assert f'<th scope="row">scaling</th><td>{len(found.measured)}</td>' in source, "how far it misses"
+    write_json(tmp_path / "ceilings-new.json", {"rates": {**RATES, "fp32": 2e9}, "site": "<b>new</b>"})
+    said(capsys, path, "--to", tmp_path / "ceilings-new.json", "-o", page, "--json")
+    source = page.read_text()
+    assert "to &lt;b&gt;new&lt;/b&gt;" in source
+    assert not re.search(r"<td class=\"text\"><span class=\"kind kind-measured", source), "nothing was measured there"
+    assert said(capsys, path, "--leave-out", "-o", page, status=2).count("\n") == 1
 
 
 def test_what_makes_no_sense_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,29 +38,41 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="predict every measured cell from the others, and say how well that went",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.html", help="write a page too")
 
 
 def project(options: argparse.Namespace) -> int:
     """Carry measured cells over to larger ones or another machine, by ceilings and by fits, with 90 % intervals."""
+    from saih.report import projection
     from saih.report.results import read
 
     if options.leave_out and (options.at or options.to):
         raise SaihError("--leave-out tests projections on what is measured: leave --at and --to out")
+    if options.leave_out and options.output:
+        raise SaihError("--leave-out has no page of its own: leave -o out; that of a projection says how far it misses")
     there = _machine(options.to) if options.to else None
-    told = []
-    for path in options.results:
+    told: list[dict[str, Any]] = []
+    studies = []
+    for number, path in enumerate(options.results):
         results = read(path)
         sweep = _sweep(results)
         if options.leave_out:
             told.append({"results": str(path), "left_out": _leave_out(sweep)})
         else:
-            told.append({"results": str(path), "cells": list(_project(results, sweep, options.at, there))})
+            rows = list(_project(results, sweep, options.at, there))
+            told.append({"results": str(path), "cells": rows})
+            if options.output:
+                studies.append(projection.study(number, results, sweep, rows, there is None))
     if options.json:
         import json
 
         print(json.dumps({"kind": MARK, "results": [_plain(each) for each in told]}, indent=1, allow_nan=False))
     else:
         print("\n".join(_left_out_lines(told) if options.leave_out else _lines(told, options.to)))
+    if options.output:
+        written = projection.write(studies, there.name if there else None, options.output)
+        if not options.json:
+            print(f"page     {written}")
     return 0
 
 
@@ -108,7 +120,14 @@ def _project(results: Results, sweep: Sweep, at: list[str], there: Machine | Non
         labels = results.labels(row)
         for method, found in {"ceilings": by_ceilings, "scaling": by_scaling}.items():
             if found is not None:
-                yield {"labels": labels, "method": method, **_figures(found), "how": found.how}
+                yield {"labels": labels, "method": method, **_figures(found), "how": found.how} | _place(sweep, row)
+
+
+def _place(sweep: Sweep, row: pd.Series) -> dict[str, Any]:
+    """Where a page draws it; not for JSON."""
+    sizes = {name: float(row[f"size_{name}"]) for name in sweep.sized}
+    rungs = {name: str(row[f"label_{name}"]) for name in sweep.sized}
+    return {"sizes": sizes, "rungs": rungs, "series": str(row["series"])}
 
 
 def _figures(found: Projection) -> dict[str, float]:
@@ -219,7 +238,8 @@ def _plain(told: Mapping[str, Any]) -> dict[str, Any]:
     from saih.analysis.project import summary
 
     if "cells" in told:
-        rows = [{name: None if value != value else value for name, value in row.items()} for row in told["cells"]]
+        words = ("labels", "method", "step_s", "low_s", "high_s", "how")
+        rows = [{name: None if row[name] != row[name] else row[name] for name in words} for row in told["cells"]]
         return {**told, "cells": rows}
     found = [each["found"] for each in told["left_out"]]
     rows = [
