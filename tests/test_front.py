@@ -17,7 +17,7 @@ from saih.core import Axis, Params, Point, Rung
 from saih.errors import SaihError
 from saih.report import committed, front, gains, page, results, sides, spreads
 from saih.report.results import Results
-from tests.synthetic import DATA, MODEL, SITE, Outcome, Scenario, make
+from tests.synthetic import DATA, ENVIRONMENT, MODEL, SITE, Outcome, Scenario, make
 
 GPUS = Axis("gpus", "per node", tuple(Rung(str(n), {"gpus": n}, n) for n in (1, 2)))
 OTHER = SITE.model_copy(update={"name": "rival"})
@@ -140,6 +140,17 @@ def test_systems_are_compared_on_equal_cells_only(tmp_path: Path, times: float, 
     (side,) = sides.sides([ours, study(tmp_path, same, "c")])
     assert (side.cells, side.verdict) == (4, verdict)
     assert side.ratio == pytest.approx(1 / times, rel=0.02)
+
+
+def test_two_machines_whose_sites_have_one_name_are_two_systems(tmp_path: Path) -> None:
+    """As any two machines without a scheduler: each calls itself local."""
+    theirs = Scenario(environment=lambda point: ENVIRONMENT | {"processor": "Other CPU"})
+    ours, other, more = (
+        study(tmp_path, each, name) for each, name in ((Scenario(), "a"), (theirs, "b"), (theirs, "c"))
+    )
+    found = results.told_apart([ours, other, more])
+    assert [one.system for one in found] == ["testbed (Test CPU)", "testbed (Other CPU)", "testbed (Other CPU)"]
+    assert [one.system for one in results.told_apart([other, more])] == ["testbed", "testbed"]
 
 
 def test_one_repeat_decides_nothing_between_systems(tmp_path: Path) -> None:

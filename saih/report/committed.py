@@ -71,7 +71,8 @@ def judge(commitments: Sequence[Commitment], studies: Sequence[Results]) -> list
     """Each commitment against every measured cell it names; once as not measured where there is none."""
     told = []
     for each in commitments:
-        chosen = [one for one in studies if one.sweep["workload"] == each.workload and each.system in ("", one.system)]
+        mine = [one for one in studies if one.sweep["workload"] == each.workload]
+        chosen = [one for one in mine if each.system in ("", one.system, one.site)]
         found = [_judgement(each, one, cell) for one in chosen for cell in _cells(each, one).to_dict("records")]
         told += found or [_absent(each)]
     return told

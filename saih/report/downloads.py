@@ -15,7 +15,7 @@ from saih.analysis.cells import labels_of
 from saih.report import bottlenecks
 from saih.report.results import STATISTICS, Results
 
-PLAIN_BYTES = 60_000
+PLAIN_BYTES = 3_000
 """Above it a table is compressed: a page of many tables stays small."""
 PART_BYTES = 1_300_000
 """Chromium does not save links above 2 MiB, of which base64 adds a third."""

@@ -35,7 +35,7 @@ from saih.report import (
 from saih.report.downloads import downloads
 from saih.report.environment import environment, write_page
 from saih.report.grid import layout
-from saih.report.results import Results, read
+from saih.report.results import Results, read, told_apart
 from saih.report.summary import ceiling_intervals, chosen_ceilings, is_ceilings, plain, summarize
 
 KERNELS = "kernels"
@@ -78,7 +78,7 @@ def write(
     the same bytes.
     """
     paths = [results] if isinstance(results, Path) else list(results)
-    return write_page(_render([read(path) for path in paths], ceilings, commitments), output)
+    return write_page(_render(told_apart([read(path) for path in paths]), ceilings, commitments), output)
 
 
 def write_ceilings(parts: Mapping[str, Path], output: Path, ceilings: Mapping[str, Any]) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Results:
     """`per_point`: one row a repeat of a measured cell."""
     ranks: pd.DataFrame
     """One row a rank of a measured point, as stored."""
+    alias: str = ""
+    """What the machine is called where another one's site has the same name."""
 
     @cached_property
     def sweep(self) -> Mapping[str, Any]:
@@ -102,8 +104,19 @@ class Results:
 
     @property
     def system(self) -> str:
-        """What the front page calls the machine: its site's name."""
+        """What the front page calls the machine: its site's name, if that is its own."""
+        return self.alias or self.site
+
+    @property
+    def site(self) -> str:
+        """The name of the site it was measured on."""
         return str(self.sweep["site"]["name"])
+
+    @property
+    def device(self) -> str:
+        """What computed, by its own name: GPUs, or processors."""
+        told = {environment.get("gpu") or environment.get("processor", "") for environment in self.environments}
+        return ", ".join(sorted(filter(None, told))) or str(self.sweep["site"]["device_name"])
 
     @property
     def title(self) -> str:
@@ -147,6 +160,14 @@ def read(path: Path) -> Results:
     cells = _with_resources(cells, points, steps, ranks)
     cells = cells.assign(measured_as=kinds.of_cells(cells))
     return Results(path, points, samples, cells, spec, claims, measured, ranks)
+
+
+def told_apart(studies: Sequence[Results]) -> list[Results]:
+    """The same; machines that differ though their sites have one name, such as local, get a name each."""
+    devices: dict[str, set[str]] = {}
+    for one in studies:
+        devices.setdefault(one.site, set()).add(one.device)
+    return [replace(one, alias=f"{one.site} ({one.device})") if len(devices[one.site]) > 1 else one for one in studies]
 
 
 def _spec(name: str) -> Spec | None:

@@ -242,10 +242,7 @@ def _denominators(results: Results) -> list[str]:
 
 
 def _machine(results: Results) -> str:
-    site = results.sweep["site"]
-    parts = {environment.get("gpu") or environment.get("processor", "") for environment in results.environments}
-    named = ", ".join(sorted(filter(None, parts))) or site["device_name"]
-    return f"{site['name']} ({named})" if named else str(site["name"])
+    return f"{results.site} ({results.device})" if results.device else results.site
 
 
 def _date(points: pd.DataFrame) -> str:
