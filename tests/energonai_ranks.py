@@ -19,9 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from saih.core import Context, Place, Point
 from saih.errors import SaihError
+from saih.timing import Unclocked
 from workloads.llm.attention import AttnMeta
 from workloads.llm.config import preset
+from workloads.llm.energonai import bench, spec
 from workloads.llm.energonai.engine import Batch, Engine
 from workloads.llm.energonai.message import Kind
 from workloads.llm.energonai.stages import ComputedStage, EmulatedStage, Job
@@ -111,6 +114,31 @@ def grid(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def silent(rank: int, folder: str) -> None:
+    """Two stages of two ranks each; once they are silent, batches go through with no sum and no hand-off."""
+    join(rank, folder, 4, at_most_s=120)
+    found: dict[str, list[int]] = {}
+    known = {each.name: each.default for each in spec.PARAMETERS}
+    tiny = {"model": "gpt-tiny", "batch": 4, "length": 12, "batches": 3, "gpus": 4, "nodes": 1, "tp": 2, "pp": 2}
+    for handoff in ("rendezvous", "nbpp"):
+        point = Point("energonai", known | tiny | {"handoff": handoff})
+        windows = bench.setup(point, Context(Place(rank, rank, 4), "cpu", ""))
+        own = windows.worker.mesh
+        groups = {"send": own.pp_group, "recv": own.pp_group, "all_reduce": own.tp_group, "all_gather": own.tp_group}
+        assert windows.check().passed
+        for part in ("none", "communication"):
+            if part != "none":
+                windows.ablate(part)
+            dist.barrier()
+            moved = {name: counted(name, group) for name, group in groups.items()}
+            windows.step(Unclocked())
+            dist.barrier()
+            found[f"{part} {handoff}"] = [len(each) for each in moved.values()]
+        windows.close()
+    (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
 def compared(engine: Engine) -> list[float]:
     """Largest error of all tokens; whether padded rows give the same bits; largest error of last tokens."""
     wanted = expected()
@@ -130,9 +158,9 @@ def counted(name: str, group: Any) -> list[int]:
     """Bytes of every tensor that goes through this function of torch.distributed to this group from now on."""
     whole, found = getattr(dist, name), list[int]()
 
-    def count(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def count(x: Tensor | list[Tensor], *args: Any, **kwargs: Any) -> Any:
         if group is not None and kwargs.get("group") is group:
-            found.append(x.nbytes)
+            found.append(x.nbytes if isinstance(x, Tensor) else sum(each.nbytes for each in x))
         return whole(x, *args, **kwargs)
 
     setattr(dist, name, count)

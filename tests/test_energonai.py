@@ -490,6 +490,18 @@ def test_hand_offs_and_sums_carry_the_rows_asked_for(
         assert found[f"bytes tp={tp} pp={pp} depth={depth}"] == [sends * rows * row_bytes, sums * rows * row_bytes]
 
 
+def test_without_communication_no_rank_tells_another_anything(tmp_path: Path) -> None:
+    assert run_ranks(ranks.silent, 4, tmp_path) == [0] * 4
+    for rank in range(4):
+        found = json.loads((tmp_path / f"found{rank}.json").read_text())
+        for handoff in ("rendezvous", "nbpp"):
+            send, recv, sums, gathered = found[f"none {handoff}"]
+            assert (send, recv) == ((3, 0) if rank < 2 else (0, 3)), "each of three batches is handed on"
+            assert sums > 0
+            assert gathered == (3 if rank > 1 else 0), "logits of the last stage"
+            assert found[f"communication {handoff}"] == [0] * 4
+
+
 @pytest.fixture(scope="module")
 def two_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     folder = tmp_path_factory.mktemp("handoffs")

@@ -6,7 +6,7 @@ Activations are whole on every rank of the group; between a column and a row mat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,10 @@ from saih.errors import SaihError
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank stands among its tensor-parallel neighbours and the pipeline stages. No groups if alone."""
+    """Where this rank stands among its tensor-parallel neighbours and the pipeline stages. No groups if alone.
+
+    Layers of a `silent` one keep their part to themselves: what they compute is worthless, and costs no sum.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -27,6 +30,7 @@ class Mesh:
     pp_rank: int = 0
     tp_group: dist.ProcessGroup | None = None
     pp_group: dist.ProcessGroup | None = None
+    silent: bool = False
 
     @classmethod
     def make(cls, tp: int, pp: int) -> Mesh:
@@ -130,12 +134,19 @@ class _Gather(torch.autograd.Function):
 
 def copy_to_ranks(x: Tensor, mesh: Mesh) -> Tensor:
     """The identity, ahead of what a rank does with its part; the gradient is summed over the group."""
-    return x if mesh.tp == 1 else cast(Tensor, _Copy.apply(x, mesh.tp_group))  # type: ignore[no-untyped-call]
+    return x if mesh.tp == 1 or mesh.silent else cast(Tensor, _Copy.apply(x, mesh.tp_group))  # type: ignore[no-untyped-call]
 
 
 def sum_over_ranks(x: Tensor, mesh: Mesh) -> Tensor:
     """The sum over the group, in place."""
-    return x if mesh.tp == 1 else cast(Tensor, _Sum.apply(x, mesh.tp_group))  # type: ignore[no-untyped-call]
+    return x if mesh.tp == 1 or mesh.silent else cast(Tensor, _Sum.apply(x, mesh.tp_group))  # type: ignore[no-untyped-call]
+
+
+def silence(module: nn.Module) -> None:
+    """From here on the layers of this module tell no other rank anything."""
+    for each in module.modules():
+        if isinstance(each, ColumnLinear | RowLinear | VocabMatrix):
+            each.mesh = replace(each.mesh, silent=True)
 
 
 # -- Layers ------------------------------------------------------------------------------------------------------------
@@ -270,6 +281,8 @@ class VocabMatrix(nn.Module):
             return mine_RV
         widest = -(-self.mine.whole // self.mesh.tp)
         filled_RV = F.pad(mine_RV, (0, widest - len(self.mine)))
+        if self.mesh.silent:
+            return filled_RV.repeat(1, self.mesh.tp)[:, : self.mine.whole]
         all_RV: Tensor = _Gather.apply(filled_RV, self.mesh.tp_group)  # type: ignore[no-untyped-call]
         return all_RV[:, : self.mine.whole]
 

@@ -25,7 +25,7 @@ from workloads.llm.energonai.worker import ENGINE, StageOfRank, Worker
 from workloads.llm.kv import EmulatedLink
 from workloads.llm.loader import random_init
 from workloads.llm.model import Stage
-from workloads.llm.shard import Mesh
+from workloads.llm.shard import Mesh, silence
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -76,6 +76,13 @@ class Windows:
         self.worker.use(Unclocked())
         computed = () if self.cost.emulated_s else self.cost.operations
         return Work(self.cost.work, self.cost.flop, sum(operation.moved_bytes for operation in computed))
+
+    def ablate(self, part: str) -> None:
+        """Activations, sums and logits stay on their rank: every stage computes at once, on zeros. Commands and results
+        go on as ever."""
+        self.worker.silent = True
+        if isinstance(self.worker.stage, ComputedStage):
+            silence(self.worker.stage.stage)
 
     def check(self) -> Check:
         """While commands are picked up at random, every ticket's result is that of its own batch.

@@ -26,6 +26,9 @@ ATTENTION = ("padded", "loop", "varlen", "auto")
 WEIGHTS = ("resident", "cpu-offload", "peer")
 WORD = {"fp32": 4, "bf16": 2}
 
+ABLATIONS = ("communication",)
+"""Sums over tensor-parallel ranks and activations from stage to stage; on one rank there are none."""
+
 LINK_BYTES_PER_S = 3e9
 """From stage to stage through gloo on one machine, both ends waiting: a figure for planning."""
 WEIGHTS_BYTES_PER_S = 1e10

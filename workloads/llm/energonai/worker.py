@@ -72,6 +72,8 @@ class Worker:
         self._timing = threading.Lock()
         self.pickup_delay_s = 0.0
         """Pickers sleep up to this long, at random: a test of the ticket order."""
+        self.silent = False
+        """Activations are neither sent nor waited for: every stage takes zeros."""
         self.failure = ""
         self.tickets = tickets
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()
@@ -191,9 +193,9 @@ class Worker:
                 self._enter("compute")
                 y = self.stage(job, x_TD)
                 self._enter("communication")
-                if not self.last:
+                if not self.last and not self.silent:
                     self._outbox.send(y.contiguous())
-                elif self.mesh.tp_rank == 0:
+                elif self.last and self.mesh.tp_rank == 0:
                     self._deliver(job.command.ticket, y.cpu())
                 self._enter(self._idle)
                 with self._changed:
@@ -216,8 +218,10 @@ class Worker:
             x_TD = None
             if not self.first:
                 shape = (len(job.ids_T), self.stage.hidden)
-                x_TD = torch.empty(shape, dtype=self.stage.dtype, device=self.stage.device)
-                dist.recv(x_TD, group=self.mesh.pp_group, group_src=self.mesh.pp_rank - 1)
+                made = torch.zeros if self.silent else torch.empty
+                x_TD = made(shape, dtype=self.stage.dtype, device=self.stage.device)
+                if not self.silent:
+                    dist.recv(x_TD, group=self.mesh.pp_group, group_src=self.mesh.pp_rank - 1)
             yield job, x_TD
 
 
