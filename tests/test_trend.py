@@ -91,6 +91,20 @@ def test_intervals_cover_what_they_say(tell: Callable[[str], None]) -> None:
     assert 0.85 <= inside / 200 <= 0.95, CONFIDENCE
 
 
+def test_a_surface_saturates_at_the_least_work_that_fills_the_machine(tmp_path: Path) -> None:
+    """Up to 0.6 GFLOP a step efficiency grows with the work, whichever axis it comes from; 0.3 GFLOP is half of it."""
+
+    def flop(params: Params) -> float:
+        return 1e8 * float(params["data"]) * float(params["model"])
+
+    axes = [Axis(name, "", tuple(Rung(str(n), {name: n}, n) for n in (1, 2, 3, 4))) for name in ("data", "model")]
+    scenario = Scenario(axes=axes, flop=flop, step_s=lambda params: flop(params) / 0.9e9 / min(1.0, flop(params) / 6e8))
+    found = trends.shapes(results.read(store.gather(make(tmp_path / "jobs", scenario), tmp_path, mixed=True)))
+    (row,) = (each for each in found if each["axis"] == "data and model")
+    assert row["range"] == "15.0 to 90.0 %"
+    assert row["saturation"] in ("data=2 model=3", "data=3 model=2")
+
+
 RECORDED = Path(__file__).parent / "recorded" / "extra-p"
 LADDER = (4, 8, 16, 32, 64)
 

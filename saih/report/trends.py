@@ -62,6 +62,32 @@ def shapes(results: Results) -> list[dict[str, str]]:
                     "saturation": "not reached" if found.saturation is None else str(named[found.saturation]),
                 }
             )
+    return told + _surfaces(results, column)
+
+
+def _surfaces(results: Results, column: str) -> list[dict[str, str]]:
+    """The same over all sized axes at once, by work: knee and saturation of the best that so much work reaches."""
+    sized = [axis for axis in results.problem_axes if not axis.named and len(axis.rungs) > 2]
+    others = [axis for axis in results.problem_axes if axis not in sized]
+    told = []
+    for labels, cells in _series(results.whole, others):
+        ordered = cells[cells["flop"] > 0].sort_values("flop")
+        if len(sized) < 2 or len(ordered) < 3:
+            continue
+        best = ordered[column].cummax()
+        found = shape(ordered["flop"].tolist(), best.tolist())
+        leaders = [ordered[column].to_numpy()[: place + 1].argmax() for place in range(len(ordered))]
+        names = [words({axis.name: ordered[f"label_{axis.name}"].iloc[each] for axis in sized}) for each in leaders]
+        named = dict(zip(ordered["flop"], names, strict=True))
+        told.append(
+            {
+                "axis": " and ".join(axis.name for axis in sized),
+                "series": words(labels) or "all, by work",
+                "range": f"{numbers.three(ordered[column].min())} to {numbers.three(found.high)} %",
+                "knee": "none" if found.knee is None else named[found.knee],
+                "saturation": "not reached" if found.saturation is None else named[found.saturation],
+            }
+        )
     return told
 
 
