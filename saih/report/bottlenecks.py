@@ -130,7 +130,9 @@ def _square(verdict: Verdict | None) -> tuple[str, str, bool]:
     if verdict is None:
         return "", "", False
     largest = next(iter(verdict.shares.values()))
-    return verdict.bottleneck, f"{100 * largest.of_step:.0f} %", verdict.certain
+    limit = verdict.limits.get(verdict.bottleneck)
+    of = f"{100 * limit.of_step:.0f} of " if limit else ""
+    return verdict.bottleneck, f"{of}{100 * largest.of_step:.0f} %", verdict.certain
 
 
 def _percent(share: Share | Limit) -> tuple[str, str]:

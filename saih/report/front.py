@@ -18,7 +18,7 @@ ORDER = ("measured", "emulated", "simulated")
 """Of what is there, the first of these is what a row is about; kinds are never mixed in one figure."""
 WORDS = {
     "input": "storage and input",
-    "compute": "compute",
+    "compute": "processor and memory",
     "communication": "network",
     "transfer": "host link",
     "checkpoint": "storage that is written to",
@@ -122,10 +122,12 @@ def _percent(parts: Sequence[tuple[Results, pd.DataFrame]]) -> Fact:
 
 def _time(study: Results, target: pd.Series) -> Fact:
     """Seconds for a unit of work: converted from the rate, so that less is better and systems compare."""
-    scale = 1 / (target["work_per_s"] * target["step_s"])
+    many, prefix = (1e9, "G") if study.work_unit == "bytes" else (1.0, "")
+    scale = many / (target["work_per_s"] * target["step_s"])
     value, low, high = (float(target[name] * scale) for name in ("step_s", "step_s_low", "step_s_high"))
     repeats = numbers.plural(int(target["repeats"]), "repeat")
     unit = study.work_unit[:-1] if study.work_unit.endswith("s") else study.work_unit
+    unit = f"{prefix}B" if prefix else unit
     at = study.labels(target)
     return Fact(f"{numbers.si(value, 's')} / {unit}", at, f"{numbers.span(low, high, 's')}, {repeats}")
 
@@ -170,7 +172,7 @@ def _gains(study: Results, target: str) -> list[tuple[str, str]]:
         gain, low, high = share.gain_of_doubling()
         span = f"{low:.2f} to {high:.2f}" if pd.notna(low) else ""
         span = f" ({span})" if len(set(span.split(" to "))) > 1 else ""
-        cached = part == "input" and share.of_step >= NEGLIGIBLE and here.from_storage < CACHED_SHARE
+        cached = part == "input" and here.from_storage < CACHED_SHARE
         told.append((f"{name} (page cache)" if cached else name, f"{gain:.2f}\N{NO-BREAK SPACE}x{span}"))
     return told
 

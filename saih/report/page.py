@@ -251,10 +251,11 @@ def _content(
     }
 
 
-def _headlines(told: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
-    """The first few gains whose paper states a figure, measured ones before the rest; and how many more there are."""
+def _headlines(told: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int, int]:
+    """The first few gains whose paper states a figure, measured ones before the rest; how many more, how many fail."""
     known = sorted((each for each in told if each["claim"]["paper"]), key=lambda each: front.ORDER.index(each["kind"]))
-    return known[:MOST_HEADLINES], len(known[MOST_HEADLINES:])
+    more = known[MOST_HEADLINES:]
+    return known[:MOST_HEADLINES], len(more), sum(each["claim"]["verdict"] == "fails" for each in more)
 
 
 def _gain(found: gains.Gain) -> dict[str, Any]:
