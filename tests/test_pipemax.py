@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import deque
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saih import workload
 from saih.core import Context, Place, Point
 from saih.errors import SaihError
+from tests import pipemax_ranks
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.copythread import CopyThread
 from workloads.llm.costs import CostModel
@@ -19,12 +23,13 @@ from workloads.llm.machines import MACHINES, USABLE_MEMORY
 from workloads.llm.pipemax import bench, simulation, spec
 from workloads.llm.pipemax.compose import MOST_SKIPPED, Candidate, Held, compose
 from workloads.llm.pipemax.expected import StageModel, expect
+from workloads.llm.pipemax.orders import Kind, Order, from_words, to_words
 from workloads.llm.pipemax.predictor import PARAMETERS, predict, predict_on, table
 from workloads.llm.pipemax.rotation import Rotation
 from workloads.llm.pipemax.simulated import SimulatedDevice
 from workloads.llm.pool import HostPool, PooledState
 from workloads.llm.request import Phase, Request
-from workloads.llm.scheduler import Load
+from workloads.llm.scheduler import BatchPlan, Load
 from workloads.llm.transfer import Urgency
 
 MODEL = CostModel(fixed_s=10.0, per_decode_s=0.1, per_context_token_s=0.01)
@@ -254,7 +259,7 @@ def test_tokens_are_those_of_resident_batches() -> None:
         check = made.check()
         assert check.passed, check.why
         moved += check.numbers["fetched_blocks_per_turn"] if variant == "pipemax" else 0.0
-        found[variant, layout, order] = [each.generated for each in made._decode()[1]]
+        found[variant, layout, order] = [each.generated for each in made._serve()[1]]
     assert moved > 0, "blocks went to the host and came back"
     resident = found["td-pipe", "block_first", "priority"]
     assert len({token for each in resident for token in each}) > 10, "tokens vary, so errors would show"
@@ -269,7 +274,7 @@ def test_a_fetch_that_goes_wrong_fails_the_check(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gpus": 2}, "replays one stage on one rank"),
+        ({"gpus": 2}, "stages=8 need 8 ranks, or 1 that stands for all; there are 2"),
         ({"variant": "tp"}, "simulated only"),
         ({"emulated_link": 0.0}, "emulated_link must be above 0"),
         ({"time": "simulated", "shape": "gpt-175b"}, "have no room for gpt-175b"),
@@ -290,7 +295,7 @@ def test_prompts_take_their_part_of_the_emulated_link(variant: str, monkeypatch:
         return submit(self, urgency, source, target, pairs)
 
     monkeypatch.setattr(CopyThread, "submit", counted)
-    made._decode()
+    made._serve()
     prompts = sum(-(-(len(each.prompt) - 1) // 16) for each in made.trace)
     assert sum(sent) >= prompts if variant == "pipemax" else sum(sent) < prompts
 
@@ -352,9 +357,133 @@ def test_on_paper_a_batch_without_phases_is_late_for_its_prompts() -> None:
 
 def test_who_has_no_phases_computes_prompts_in_the_step_that_they_join() -> None:
     made = ready(variant="pp-resident", requests=12)
-    rotation, requests = made._decode()
+    rotation, requests = made._serve()
     assert sum(each.preemptions for each in requests) == 0, "else some come from the pool"
     assert all(rotation.state.pool.blocks.table(each.id) == [] for each in requests)
     first = rotation.turns[0]
-    decoding_s = made.model.step_s(Load(first.requests, 0, 0, 0))
+    decoding_s = made.fitted.model.step_s(Load(first.requests, 0, 0, 0))
     assert first.predicted_s > decoding_s + 1e-4, "the other stages compute these prompts too"
+
+
+# -- Several stages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("stages")
+    torch.multiprocessing.spawn(pipemax_ranks.pipeline, (str(folder), params()), nprocs=pipemax_ranks.STAGES)
+    found: dict[str, dict[str, Any]] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_one_rank() -> list[list[int]]:
+    return [each.generated for each in pipemax_ranks.made(params(variant="td-pipe"), 0, 1)._serve()[1]]
+
+
+@pytest.mark.parametrize("case", pipemax_ranks.CASES, ids=pipemax_ranks.name)
+def test_a_pipeline_of_ranks_gives_the_tokens_of_one(
+    case: dict[str, Any], three_ranks: dict[str, dict[str, Any]], of_one_rank: list[list[int]]
+) -> None:
+    found = three_ranks[pipemax_ranks.name(case)]
+    assert found["passed"], found["why"]
+    assert found["tokens"] == of_one_rank
+    assert len({token for each in of_one_rank for token in each}) > 10, "tokens vary, so errors would show"
+    assert found["numbers"]["stages_here"] == 3
+    assert found["notes"][0].startswith("a pipeline of 3 stages, each with ")
+    assert found["numbers"]["link_emulated"] == (case.get("time") != "real")
+    if case["variant"] in ("pipemax", "pipemax-static"):
+        assert found["numbers"]["fetched_blocks_per_turn"] > 0, "blocks went to the host of every stage and came back"
+
+
+class Pipeline(SimulatedDevice):
+    """So many stages in simulated time, of which each batch takes its step on one after the other."""
+
+    def __init__(self, depth: int, *words: Any, **more: Any) -> None:
+        super().__init__(*words, **more)
+        self.depth = depth  # type: ignore[misc]
+        self.flying: deque[tuple[float, BatchPlan]] = deque()
+
+    def launch(self, plan: BatchPlan) -> None:
+        flying = {each.id for _, other in self.flying for each in other.requests}
+        assert not flying & {each.id for each in plan.requests}, "nobody is in two batches at a time"
+        assert len(self.flying) < self.depth
+        begin_s = self.now_s()
+        super().launch(plan)
+        self.flying.append((begin_s + self.depth * (self.now_s() - begin_s), plan))
+
+    def collect(self) -> list[int]:
+        back_s, plan = self.flying.popleft()
+        self.wait_until(back_s)
+        return [0] * len(plan.requests)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(spec.PIPELINED),
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 30)), min_size=1, max_size=40),
+    st.sampled_from([1e4, 1e6, 1e9]),
+    st.integers(2, 5),
+)
+def test_with_a_batch_on_every_stage_everybody_is_served(
+    variant: str, lengths: list[tuple[int, int]], link: float, stages: int
+) -> None:
+    pool = HostPool(20_000, 16)
+    state, policy = PooledState(BlockAllocator(100, 16), pool), simulation.policy(variant, stages)
+    words = {"phases": policy.phases, "offload": policy.offload}
+    device = Pipeline(stages, state, CostModel(1e-2, 1e-5, 1e-7), 1000, link, 0.0, "priority", **words)
+    rotation = Rotation(state, policy, device, device.model, 1000)
+    requests = [Request(n, range(prompt), new) for n, (prompt, new) in enumerate(lengths)]
+    simulation.prefilled(requests)
+    rotation.serve(requests)
+    assert all(len(each.generated) == each.max_new_tokens for each in requests)
+    assert not device.flying
+    assert state.blocks.free_blocks == 100
+    assert pool.blocks.free_blocks == 20_000
+    for request in requests:
+        assert request.token_s == sorted(request.token_s)
+        assert request.computed == request.longest_kv_tokens
+
+
+ORDERS = st.lists(
+    st.builds(
+        Order,
+        st.sampled_from(Kind),
+        st.integers(0, 2**31 - 1),
+        st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1)), max_size=4),
+    ),
+    max_size=6,
+)
+
+
+@given(ORDERS)
+def test_orders_are_read_as_they_were_written(orders: list[Order]) -> None:
+    assert list(from_words(to_words(orders))) == orders
+
+
+def test_the_real_link_is_a_replay_of_one_stage_and_says_so() -> None:
+    made = ready(time="real", layers=2)
+    check = made.check()
+    assert check.passed, check.why
+    assert check.notes == ("a replay of one of 4 alike stages over copies in memory",)
+    assert check.numbers["link_emulated"] == 0
+    assert check.numbers["link_bytes_per_s"] == made.raw_bytes_per_s
+    assert len(made.stage.range) == 2
+
+
+def test_the_estimator_is_judged_by_what_it_was_not_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that follow the sweep's model have no error; those of the run's batches that do not have theirs."""
+    made = ready(requests=12)
+    turns = made._serve()[0].turns
+    true = CostModel(2e-3, 1e-4, 1e-6)
+
+    def samples(shapes: list[list[int]]) -> tuple[list[Load], list[float]]:
+        loads = [Load(len(each), sum(each), max(each), 0) for each in shapes]
+        swept = len(bench.SWEEP)
+        return loads, [true.step_s(load) * (1.0 if n < swept else 1.25) for n, load in enumerate(loads)]
+
+    monkeypatch.setattr(made, "_stage_samples", samples)
+    found = made._estimator(turns)
+    assert found["estimator_median_error"] == pytest.approx(0.2)
+    assert found["estimator_worst_error"] == pytest.approx(0.2)
+    assert found["stale_estimator_median_error"] != pytest.approx(0.2)

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from workloads.llm.allocator import BlockAllocator
+from workloads.llm.kv import PagedKV
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan, Load
-from workloads.llm.worker import Step, Worker
+from workloads.llm.worker import Step
 
 
-def decode_samples(worker: Worker, shapes: Sequence[Sequence[int]], repeats: int) -> tuple[list[Load], list[float]]:
+class Runs(Protocol):
+    """What takes steps: a worker, or all stages one after the other."""
+
+    @property
+    def kv(self) -> PagedKV: ...
+
+    def run(self, step: Step) -> object:
+        """Returns when the step has run; on a GPU, when it is on its way."""
+
+
+def decode_samples(worker: Runs, shapes: Sequence[Sequence[int]], repeats: int) -> tuple[list[Load], list[float]]:
     """Decode steps of requests that attend to these lengths, where the cache holds them, and the median time of each.
 
     Whatever lies in the cache is used and overwritten. The sweeps over all shapes are one after the other, so that what
@@ -25,11 +37,11 @@ def decode_samples(worker: Worker, shapes: Sequence[Sequence[int]], repeats: int
     return [load for load, _ in steps], [float(np.median(each)) for each in zip(*times_s[1:], strict=True)]
 
 
-def _blocks(lengths: Sequence[int], worker: Worker) -> int:
+def _blocks(lengths: Sequence[int], worker: Runs) -> int:
     return sum(-(-length // worker.kv.block_size) for length in lengths)
 
 
-def _step(lengths: Sequence[int], worker: Worker) -> tuple[Load, Step]:
+def _step(lengths: Sequence[int], worker: Runs) -> tuple[Load, Step]:
     blocks = BlockAllocator(worker.kv.blocks, worker.kv.block_size)
     requests = [Request(number, [1] * length, 1, computed=length - 1) for number, length in enumerate(lengths)]
     for request in requests:
@@ -38,7 +50,7 @@ def _step(lengths: Sequence[int], worker: Worker) -> tuple[Load, Step]:
     return plan.load(), Step.of(plan, blocks)
 
 
-def _seconds(worker: Worker, step: Step) -> float:
+def _seconds(worker: Runs, step: Step) -> float:
     begin_s = time.perf_counter()
     worker.run(step)
     if worker.kv.arena.is_cuda:

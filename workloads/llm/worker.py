@@ -55,6 +55,15 @@ class Step(NamedTuple):
             torch.tensor(draws, dtype=torch.float32).view(torch.int32).flatten(),
         )
 
+    def words(self) -> Tensor:
+        """As one row of integers, the lengths of the parts first."""
+        return torch.cat([_words(map(len, self)), *self])
+
+    @classmethod
+    def from_words(cls, words: Tensor) -> "Step":
+        lengths = words[: len(cls._fields)].tolist()
+        return cls(*words[len(lengths) :].split(lengths))
+
 
 STOP = Step(*[torch.zeros(0, dtype=torch.int32)] * len(Step._fields))
 
@@ -90,32 +99,35 @@ class Worker:
 
     def follow(self) -> None:
         """On every rank but 0: runs steps until the engine closes."""
-        while len((step := self._receive_step()).ids_T):
+        while len((step := Step.from_words(self.receive())).ids_T):
             self.run(step)
 
-    @_others_live()
     def send_step(self, step: Step) -> None:
         """On rank 0: tells all others what to run."""
-        if self._alone:
-            return
-        words = torch.cat([_words(map(len, step)), *step])
+        if not self._alone:
+            self.send(step.words())
+
+    @_others_live()
+    def send(self, words: Tensor) -> None:
+        """On rank 0: integers, int32, for all others."""
         first = torch.zeros(FIRST_WORDS, dtype=torch.int32)
-        first[: len(words)] = words[:FIRST_WORDS]
-        for message in (first, words[FIRST_WORDS:].clone()):
+        first[0] = len(words)
+        first[1 : 1 + len(words)] = words[: FIRST_WORDS - 1]
+        for message in (first, words[FIRST_WORDS - 1 :].clone()):
             if len(message):
                 self._keep(dist.broadcast(message, 0, group=self._control, async_op=True), message)
 
     @_others_live()
-    def _receive_step(self) -> Step:
+    def receive(self) -> Tensor:
+        """On every rank but 0: what rank 0 has sent."""
         words = torch.empty(FIRST_WORDS, dtype=torch.int32)
         dist.broadcast(words, 0, group=self._control)
-        lengths = words[: len(Step._fields)].tolist()
-        total = len(lengths) + sum(lengths)
-        if total > FIRST_WORDS:
-            rest = torch.empty(total - FIRST_WORDS, dtype=torch.int32)
+        total = int(words[0])
+        if total > FIRST_WORDS - 1:
+            rest = torch.empty(total - FIRST_WORDS + 1, dtype=torch.int32)
             dist.broadcast(rest, 0, group=self._control)
-            words = torch.cat([words, rest])
-        return Step(*words[len(lengths) : total].split(lengths))
+            return torch.cat([words[1:], rest])
+        return words[1 : 1 + total]
 
     @_others_live()
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The stage in real time: steps by the core's worker, copies by a thread for each direction of the link."""
+"""The stages in real time: rank 0 decides and tells all, each computes its layers and moves its blocks."""
 
 from __future__ import annotations
 
@@ -7,58 +7,92 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from workloads.llm.copythread import BlockTransfer, CopyThread
-from workloads.llm.kv import EmulatedLink, PagedKV, copy_blocks
+from workloads.llm.allocator import BlockAllocator
+from workloads.llm.kv import PagedKV
+from workloads.llm.pipemax.arenas import Arenas
+from workloads.llm.pipemax.orders import Kind, Order, from_words, to_words
+from workloads.llm.pipemax.rotation import written
 from workloads.llm.pool import PooledState
-from workloads.llm.prefill import compute
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan
-from workloads.llm.transfer import Urgency
 from workloads.llm.worker import Step, Worker
 
-CHUNK_BYTES = 1 << 20
-EMPTY_COPIES = 2000
+
+def send(worker: Worker, orders: Sequence[Order], step: Step) -> None:
+    """Rank 0 to all others: orders, and then a step; STOP lets them go."""
+    if worker.mesh.pp > 1:
+        words = to_words(orders)
+        worker.send(torch.cat([torch.tensor([len(words), *words], dtype=torch.int32), step.words()]))
+
+
+def follow(worker: Worker, arenas: Arenas) -> None:
+    """On every rank but 0: does what `send` says until STOP."""
+    while True:
+        words = worker.receive()
+        split = 1 + int(words[0])
+        for order in from_words(words[1:split].tolist()):
+            arenas.do(order)
+        step = Step.from_words(words[split:])
+        if not len(step.ids_T):
+            return
+        worker.run(step)
+
+
+def prompt_step(request: Request, blocks: BlockAllocator) -> Step:
+    """Keys and values of all but the last token of its prompt, into its blocks; nobody gets a token."""
+    prompt = Request(request.id, request.prompt, 1)
+    return Step.of(BatchPlan([prompt], [len(request.prompt) - 1]), blocks)
+
+
+class OneByOne:
+    """Steps through all stages, each when the one before has returned: their time is that of all stages."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    @property
+    def kv(self) -> PagedKV:
+        return self.worker.kv
+
+    def run(self, step: Step) -> None:
+        send(self.worker, [], step)
+        if self.worker.run(step) is None:
+            self.worker.receive_tokens(len(step.sampled_R))
 
 
 class RealDevice:
-    """A worker and its arenas. On a CPU the device's arena is host memory too, and the link is emulated."""
+    """Rank 0's: a worker and its arenas, and behind them those of all other stages, if there are any."""
 
-    def __init__(
-        self, state: PooledState, worker: Worker, host: PagedKV, link: EmulatedLink, rate: float, order: str
-    ) -> None:
-        """rate: bytes/s of the link as measured with copies like these, before (`link_bytes_per_s`)."""
-        self.state, self.worker, self.kv, self.host = state, worker, worker.kv, host
-        device = self.kv.arena.device
-        self.inward, self.outward = (
-            CopyThread(link, order=order, chunk_bytes=CHUNK_BYTES, device=device) for _ in range(2)
-        )
-        self.rate = rate
+    def __init__(self, state: PooledState, worker: Worker, arenas: Arenas, rate: float) -> None:
+        """rate: bytes/s of the link as measured with copies like these, before (`measure.link_bytes_per_s`)."""
+        self.state, self.worker, self.arenas, self.rate = state, worker, arenas, rate
+        self.depth = worker.mesh.pp
         self._began_s = time.perf_counter()
         self._fresh: set[int] = set()
+        """Requests whose prompts are computed with their first step."""
         self._joining_s = 0.0
-        self._coming: dict[int, BlockTransfer] = {}
-        self._going: dict[int, list[BlockTransfer]] = {}
+        self._orders: list[Order] = []
+        self._flying: deque[tuple[int, Tensor | None]] = deque()
+        """Steps whose tokens are on their way, and how many they are: none for a prompt."""
+        self._returned: deque[list[int]] = deque()
 
-    def prefill(self, requests: Sequence[Request]) -> None:
-        """The phase before decoding: prompts one after the other, each on its way to the host beside the next ones.
+    def prefill(self, requests: Sequence[Request], *, over_link: bool) -> None:
+        """The phase before decoding: prompts one after the other; returns when the host has them all.
 
-        Returns when the host has them all.
+        over_link: each on its way beside the computation of the next ones; otherwise copied at once, without the link.
         """
         leaving: deque[int] = deque()
         for request in requests:
             while leaving and not self.state.blocks.grow(request.id, max(1, request.computed)):
                 self._left(leaving.popleft())
             self.state.blocks.grow(request.id, max(1, request.computed))
-            compute(self.worker.stage, request, self.kv, self.state.blocks.table(request.id))
-            self.offload(request)
+            self._compute(request)
+            self._order(Kind.OFFLOAD if over_link else Kind.KEEP, request.id, self._to_store(request))
             leaving.append(request.id)
         while leaving:
             self._left(leaving.popleft())
-
-    def _left(self, owner: int) -> None:
-        self.settle([owner])
-        self.state.blocks.release(owner)
 
     def now_s(self) -> float:
         return time.perf_counter() - self._began_s
@@ -66,16 +100,19 @@ class RealDevice:
     def wait_until(self, then_s: float) -> None:
         time.sleep(max(0.0, then_s - self.now_s()))
 
-    def run(self, plan: BatchPlan) -> list[int]:
+    def launch(self, plan: BatchPlan) -> None:
         begin_s = self.now_s()
         for request in plan.requests:
             if request.id in self._fresh:
                 self._fresh.remove(request.id)
-                compute(self.worker.stage, request, self.kv, self.state.blocks.table(request.id))
+                self._compute(request)
         self._joining_s = self.now_s() - begin_s
-        tokens = self.worker.run(Step.of(plan, self.state.blocks))
-        assert tokens is not None  # noqa: S101
-        return [int(token) for token in tokens.tolist()]
+        self._run(Step.of(plan, self.state.blocks))
+
+    def collect(self) -> list[int]:
+        while not self._returned:
+            self._receive()
+        return self._returned.popleft()
 
     def stage_s(self, took_s: float, predicted_s: float) -> float:
         """As predicted, and its prompts: what disturbed this step disturbs none of the stages that are not there."""
@@ -85,81 +122,69 @@ class RealDevice:
         """A prefill phase would have written here: the copy stands for its writing, and takes no part of the link."""
         if request.computed and not self.state.pool.stored_tokens(request.id):
             self._fresh.add(request.id)
-            return
-        pairs = self.state.pool.load(request.id, self.state.blocks.table(request.id))
-        copy_blocks(self.host, self.kv, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        else:
+            self._order(Kind.PLACE, request.id, self._to_load(request))
 
     def fetch(self, request: Request) -> None:
-        pairs = self.state.pool.load(request.id, self.state.blocks.table(request.id))
-        self._coming[request.id] = self.inward.submit(Urgency.PREFETCH, self.host, self.kv, pairs)
+        self._order(Kind.FETCH, request.id, self._to_load(request))
 
     def wait(self, request: Request) -> None:
-        transfer = self._coming.pop(request.id, None)
-        if transfer is not None:
-            self.inward.wait(transfer)
+        self._order(Kind.WAIT, request.id)
 
     def offload(self, request: Request) -> None:
-        table = self.state.blocks.table(request.id)
-        pairs = self.state.pool.store(request.id, request.computed, table)
+        pairs = self._to_store(request)
         if pairs:
-            going = self._going.setdefault(request.id, [])
-            going.append(self.outward.submit(Urgency.OFFLOAD, self.kv, self.host, pairs))
+            self._order(Kind.OFFLOAD, request.id, pairs)
 
     def evict(self, request: Request) -> None:
         if request.id in self._fresh:  # nothing of it is here yet
             self._fresh.remove(request.id)
             return
-        transfer = self._coming.pop(request.id, None)
-        if transfer is not None:
-            self.inward.drop(transfer)
-        if request.computed > self.state.pool.stored_tokens(request.id):
+        if written(request) > self.state.pool.stored_tokens(request.id):
             self.offload(request)
-        self.settle([request.id])
+        self._order(Kind.SETTLE, request.id)
 
-    def settle(self, owners: Sequence[int]) -> None:
-        """Until nothing of these requests is on its way to the host."""
-        for owner in owners:
-            for transfer in self._going.pop(owner, []):
-                self.outward.wait(transfer)
+    def forget(self, request: Request) -> None:
+        self._fresh.discard(request.id)
+        self._order(Kind.FORGET, request.id)
 
     def fetch_bytes_per_s(self) -> float:
         return self.rate
 
-    def close(self) -> None:
-        self.inward.close()
-        self.outward.close()
+    def _to_store(self, request: Request) -> list[tuple[int, int]]:
+        return self.state.pool.store(request.id, written(request), self.state.blocks.table(request.id))
 
+    def _to_load(self, request: Request) -> list[tuple[int, int]]:
+        return self.state.pool.load(request.id, self.state.blocks.table(request.id))
 
-def link_bytes_per_s(kv: PagedKV, host: PagedKV, link: EmulatedLink) -> float:
-    """What the link gives to blocks as requests have them: every other one, through the thread (BW_eff)."""
-    copies = CopyThread(link, chunk_bytes=CHUNK_BYTES, device=kv.arena.device)
-    blocks = list(range(0, min(kv.blocks, host.blocks), 2))
-    for _ in range(3):
-        copies.wait(copies.submit(Urgency.PREFETCH, host, kv, list(zip(blocks, blocks, strict=True))))
-    copies.close()
-    return copies.bytes_per_s(link.bytes_per_s)
+    def _left(self, owner: int) -> None:
+        self._order(Kind.SETTLE, owner)
+        self.state.blocks.release(owner)
 
+    def _compute(self, request: Request) -> None:
+        if len(request.prompt) > 1:
+            self._run(prompt_step(request, self.state.blocks))
 
-@torch.inference_mode()
-def copy_bytes_per_s(kv: PagedKV, host: PagedKV, repeats: int = 5) -> float:
-    """Best of several copies of every other block from the host arena: runs of one block, as requests' blocks lie."""
-    blocks = list(range(0, min(kv.blocks, host.blocks), 2))
-    best_s = float("inf")
-    for _ in range(repeats):
-        begin_s = time.perf_counter()
-        copy_blocks(host, kv, blocks, blocks)
-        if kv.arena.is_cuda:
-            torch.cuda.synchronize()
-        best_s = min(best_s, time.perf_counter() - begin_s)
-    return len(blocks) * kv.block_bytes / best_s
+    def _order(self, kind: Kind, owner: int, pairs: Sequence[tuple[int, int]] = ()) -> None:
+        """Done here at once; the others hear of it with the next step."""
+        order = Order(kind, owner, pairs)
+        if self.depth > 1:
+            self._orders.append(order)
+        self.arenas.do(order)
 
+    def _run(self, step: Step) -> None:
+        """Returns when this stage has run it."""
+        send(self.worker, self._orders, step)
+        self._orders.clear()
+        self._flying.append((len(step.sampled_R), self.worker.run(step)))
+        if self.arenas.device.arena.is_cuda:
+            torch.cuda.current_stream(self.arenas.device.arena.device).synchronize()
+        while len(self._flying) > self.depth:  # the last stage goes on only while what it sends is taken
+            self._receive()
 
-def predicted_copy_bytes_per_s(kv: PagedKV, host: PagedKV, memory_bytes_per_s: float) -> float:
-    """On paper: a block takes its bytes at the rate of memory, and each of its pieces the time of an empty copy."""
-    tiny = torch.zeros(1)
-    begin_s = time.perf_counter()
-    for _ in range(EMPTY_COPIES):
-        kv.arena.view(-1)[:1].copy_(tiny)
-    empty_s = (time.perf_counter() - begin_s) / EMPTY_COPIES
-    pieces = 1 if host.layout == "block_first" else host.layers
-    return kv.block_bytes / (kv.block_bytes / memory_bytes_per_s + pieces * empty_s)
+    def _receive(self) -> None:
+        count, tokens_R = self._flying.popleft()
+        if tokens_R is None:
+            tokens_R = self.worker.receive_tokens(count)
+        if count:
+            self._returned.append([int(token) for token in tokens_R.tolist()])

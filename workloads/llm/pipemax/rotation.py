@@ -1,11 +1,14 @@
-"""Batches that take turns on one of S alike pipeline stages, whose keys and values come and go; any clock, any link.
+"""Batches that take turns on S pipeline stages, whose keys and values come and go; any clock, any link.
 
-One stage stands for all: they are alike, so each is busy with the same batch for the same time. A batch that took T on
-this stage is back after S T, when it has been through all of them.
+Where one stage stands for all, they are alike, so each is busy with the same batch for the same time: a batch that took
+T on this stage is back after S T, when it has been through all of them. Where all are there, so many batches are in
+flight, and one is back when its tokens have come. What is decided for the first stage holds for each: all do the same
+in the same order.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,7 +18,7 @@ from saih.errors import SaihError
 from workloads.llm.costs import CostModel
 from workloads.llm.pipemax.compose import MOST_SKIPPED, Candidate, Held, compose
 from workloads.llm.pool import PooledState
-from workloads.llm.request import Request
+from workloads.llm.request import Phase, Request
 from workloads.llm.scheduler import BatchPlan
 
 GROWTH = 1.05
@@ -29,14 +32,21 @@ WATERMARK = 0.02
 class Device(Protocol):
     """The stage: its clock, its computation, and its link to the host."""
 
+    @property
+    def depth(self) -> int:
+        """Batches in flight: as many as there are stages; 1 where one stands for all."""
+
     def now_s(self) -> float:
         """Time since the serving began."""
 
     def wait_until(self, then_s: float) -> None:
         """Returns when `now_s()` is `then_s` or later."""
 
-    def run(self, plan: BatchPlan) -> list[int]:
-        """A token for each request; returns when they are there."""
+    def launch(self, plan: BatchPlan) -> None:
+        """Starts a batch; returns when this stage has run it, or earlier."""
+
+    def collect(self) -> list[int]:
+        """Waits for the oldest batch not yet collected; a token for each of its requests."""
 
     def stage_s(self, took_s: float, predicted_s: float) -> float:
         """What the batch takes on each of the other stages; predicted_s: of decoding alone."""
@@ -57,8 +67,16 @@ class Device(Protocol):
     def evict(self, request: Request) -> None:
         """Returns when the host has all of it, so that its blocks may be overwritten, and nothing of it is moving."""
 
+    def forget(self, request: Request) -> None:
+        """It has ended: returns when nothing of it is moving."""
+
     def fetch_bytes_per_s(self) -> float:
         """What the link to the device gives."""
+
+
+def written(request: Request) -> int:
+    """Tokens of which the device has keys and values, once what was launched has run."""
+    return request.computed + request.in_flight
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,9 @@ class Rotation:
     _saturated: int = field(default=0, init=False)
     """Turns since all that was wanted could be fetched."""
     _skipped: dict[int, int] = field(default_factory=dict, init=False)
+    _flying: deque[BatchPlan] = field(default_factory=deque, init=False)
+    _waited_s: float = field(default=0.0, init=False)
+    """For tokens of batches in flight, since the last turn."""
 
     def __post_init__(self) -> None:
         self._slots = [{} for _ in range(self.policy.slots)]
@@ -141,12 +162,14 @@ class Rotation:
             slot = turn % self.policy.slots
             ran = self._turn(slot)
             idle = 0 if ran else idle + 1
-            if idle > 2 * self.policy.slots:
+            if idle > 2 * self.policy.slots + self.device.depth:
                 raise SaihError(f"{len(self.state.running) + len(self.state.pooled)} requests wait, and none can run")
             turn += 1
 
     def _turn(self, slot: int) -> bool:
         following = (slot + 1) % self.policy.slots
+        while any(each.in_flight for each in self._slots[slot].values()):
+            self._collect(len(self._flying) - 1)
         self._forget_the_ended(slot)
         if not any(self._resident(each) for each in self._slots[slot].values()):
             self._fill(slot, at_once=True)
@@ -159,6 +182,7 @@ class Rotation:
         batch = [each for each in batch if self._resident(each)]
         if not batch:
             self._fill(following)
+            self._collect(0)
             return False
         plan = BatchPlan(batch, [1] * len(batch))
         lengths = [request.context_tokens for request in batch]
@@ -167,28 +191,50 @@ class Rotation:
         waited_s = self.device.now_s()
         self.device.wait_until(self._ready_s[slot])
         begin_s = self.device.now_s()
+        bubble_s, self._waited_s = self._waited_s + begin_s - waited_s, 0.0
         self.state.launch(plan)
-        tokens = self.device.run(plan)
+        self.device.launch(plan)
         end_s = self.device.now_s()
         predicted_s = self.device.stage_s(end_s - begin_s, predicted_s)
-        self._ready_s[slot] = begin_s + self.policy.stages * predicted_s
-        self.state.complete(plan, tokens, end_s)
+        if self.device.depth == 1:
+            self._ready_s[slot] = begin_s + self.policy.stages * predicted_s
+        self.turns.append(Turn(begin_s, end_s, predicted_s, lengths, stalled_s, bubble_s, fetched))
+        self._flying.append(plan)
         if self.policy.offload:
             for request in batch:
-                if request.id in self.state.running and self._unsaved(request) >= self.state.blocks.block_size:
+                if self._goes_on(request) and self._unsaved(request) >= self.state.blocks.block_size:
                     self.device.offload(request)
-        self.turns.append(Turn(begin_s, end_s, predicted_s, lengths, stalled_s, begin_s - waited_s, fetched))
+        self._collect(self.device.depth - 1)
         return True
+
+    def _collect(self, most: int) -> None:
+        """Books the oldest batches, as they return, until at most so many are in flight."""
+        while len(self._flying) > most:
+            begin_s, plan = self.device.now_s(), self._flying.popleft()
+            tokens = self.device.collect()
+            now_s = self.device.now_s()
+            self._waited_s += now_s - begin_s
+            self.state.complete(plan, tokens, now_s)
+            for request in plan.requests:
+                if request.phase is not Phase.RUNNING:
+                    self.device.forget(request)
+
+    def _goes_on(self, request: Request) -> bool:
+        """Whether the token that it gets now is not its last."""
+        return len(request.generated) + request.in_flight < request.max_new_tokens
 
     def _resident(self, request: Request) -> bool:
         return bool(self.state.blocks.table(request.id))
 
     def _unsaved(self, request: Request) -> int:
-        return request.computed - self.state.pool.stored_tokens(request.id)
+        return written(request) - self.state.pool.stored_tokens(request.id)
 
     def _forget_the_ended(self, slot: int) -> None:
-        running = self.state.running
-        self._slots[slot] = {key: each for key, each in self._slots[slot].items() if key in running}
+        """Cancelled ones too, which no batch brought back."""
+        members, running = self._slots[slot], self.state.running
+        for request in [each for key, each in members.items() if key not in running]:
+            self.device.forget(request)
+            del members[request.id]
 
     def _grow(self, request: Request, slot: int) -> bool:
         """Whether the request has a block for its next token; it waits for its next turn otherwise."""
@@ -221,7 +267,7 @@ class Rotation:
         for request in reversed(list(self.state.running.values())):
             if self.state.blocks.free_blocks >= blocks:
                 return True
-            if self._resident(request):
+            if self._resident(request) and not request.in_flight:
                 self.device.evict(request)
                 for members in self._slots:
                     members.pop(request.id, None)

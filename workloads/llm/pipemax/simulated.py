@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from workloads.llm.costs import CostModel
+from workloads.llm.pipemax.rotation import written
 from workloads.llm.pool import PooledState
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan
@@ -19,6 +20,8 @@ class SimulatedDevice:
     their phase lasts until they are there; otherwise a prefill leaves them on the device, and what an eviction brings
     away of them costs nothing. block_copy_s: what a block takes beside its bytes, by the layout.
     """
+
+    depth = 1
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class SimulatedDevice:
         self.prefill_s_per_token, self.phases, self.offloads = prefill_s_per_token, phases, offload
         self.prefill_s = 0.0
         self._now_s = 0.0
+        self._launched = 0
         self._joining_s: dict[int, float] = {}
         """Prompts that are computed with the next step of their request."""
         self._prefilled: set[int] = set()
@@ -52,10 +56,13 @@ class SimulatedDevice:
     def wait_until(self, then_s: float) -> None:
         self._now_s = max(self._now_s, then_s)
 
-    def run(self, plan: BatchPlan) -> list[int]:
+    def launch(self, plan: BatchPlan) -> None:
         joining_s = sum(self._joining_s.pop(each.id, 0.0) for each in plan.requests)
         self._now_s += self.model.step_s(plan.load()) + joining_s
-        return [0] * len(plan.requests)
+        self._launched = len(plan.requests)
+
+    def collect(self) -> list[int]:
+        return [0] * self._launched
 
     def stage_s(self, took_s: float, predicted_s: float) -> float:
         return took_s
@@ -75,10 +82,10 @@ class SimulatedDevice:
 
     def offload(self, request: Request) -> None:
         stored = self.state.pool.stored_tokens(request.id)
-        if request.computed > stored:
-            blocks = self.state.blocks.blocks_for(request.computed) - stored // self.state.blocks.block_size
+        if written(request) > stored:
+            blocks = self.state.blocks.blocks_for(written(request)) - stored // self.state.blocks.block_size
             self._going.setdefault(request.id, []).append(self._send(self.outward, Urgency.OFFLOAD, blocks))
-            self.state.pool.hold(request.id, request.computed)
+            self.state.pool.hold(request.id, written(request))
 
     def evict(self, request: Request) -> None:
         coming = self._coming.pop(request.id, None)
@@ -86,6 +93,11 @@ class SimulatedDevice:
             coming.dropped = True
         self.offload(request)
         self._saved(request)
+
+    def forget(self, request: Request) -> None:
+        for transfer in (self._coming.pop(request.id, None), *self._going.pop(request.id, [])):
+            if transfer is not None:
+                transfer.dropped = True
 
     def fetch_bytes_per_s(self) -> float:
         return self.rate

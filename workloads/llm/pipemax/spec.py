@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
 from saih.errors import SaihError
@@ -37,8 +37,8 @@ PARAMETERS = (
         "time",
         "emulated",
         "",
-        "emulated: a stage of this machine with an emulated link; simulated: the whole machine on paper",
-        choices=("emulated", "simulated"),
+        "emulated, real: stages of this machine with an emulated link, or with that of its GPU; simulated: on paper",
+        choices=("emulated", "real", "simulated"),
     ),
     Parameter("variant", "pipemax", "", "who decodes next, and whether waiting batches leave", choices=VARIANTS),
     Parameter("machine", "rtx5090", "", "simulated: devices and links, 8 of them", choices=tuple(MACHINES)),
@@ -46,14 +46,15 @@ PARAMETERS = (
         "shape",
         "llama-mini",
         "",
-        "shape of the model, with random weights; emulated: of one stage",
+        "shape of the model, with random weights; on one rank: of one stage",
         choices=tuple(name for name, spec in PRESETS.items() if spec.causal),
     ),
-    Parameter("stages", 8, "stages", "pipeline stages, and batches that take turns", minimum=2),
+    Parameter("layers", 0, "layers", "0 = the shape's; fewer make a stage of a large model", minimum=0),
+    Parameter("stages", 8, "stages", "pipeline stages, and batches that take turns; so many ranks, or one", minimum=2),
     Parameter("trace", "sharegpt", "", "lengths with the means of a data set", choices=TRACES),
     Parameter("requests", 120, "requests", "of the trace, all there at the start", minimum=1),
-    Parameter("shrink", 4, "", "emulated: lengths are divided by it", minimum=1),
-    Parameter("kv_tokens", 4096, "tokens", "emulated: KV arena of the device", minimum=64),
+    Parameter("shrink", 4, "", "emulated, real: lengths are divided by it", minimum=1),
+    Parameter("kv_tokens", 4096, "tokens", "emulated, real: KV arena of the device", minimum=64),
     Parameter("memory_gb", 0.0, "GB", "simulated: cap of a device's memory; 0 = none", minimum=0),
     Parameter(
         "emulated_link",
@@ -208,12 +209,22 @@ def _sums(the: Machine, spec: ModelSpec, devices: int) -> tuple[float, float]:
     return 2 * spec.layers * SUM_S, 2 * spec.layers * row_bytes / rate
 
 
+def model(params: Params) -> ModelSpec:
+    """With as many layers as asked for."""
+    shape, layers = preset(str(params["shape"])), int(params["layers"])
+    return replace(shape, layers=layers) if layers else shape
+
+
 def cost(params: Params) -> Cost:
-    """Of one step. Emulated: all requests decoded. Simulated: one prediction; the simulation is part of the check."""
-    spec, requests = preset(str(params["shape"])), int(params["requests"])
-    if int(params["nodes"]) * int(params["gpus"]) > 1:
-        raise SaihError("pipemax replays one stage on one rank: the others are alike")
+    """Of one step. All requests decoded; simulated: one prediction, for the simulation is part of the check.
+
+    Bytes are those of a CPU's words; a GPU has half of them.
+    """
+    spec, requests = model(params), int(params["requests"])
+    ranks, stages = int(params["nodes"]) * int(params["gpus"]), int(params["stages"])
     if params["time"] == "simulated":
+        if ranks > 1:
+            raise SaihError("time=simulated needs one rank")
         stage(params)
         return Cost(
             flop=0.0,
@@ -224,24 +235,29 @@ def cost(params: Params) -> Cost:
         )
     if params["variant"] not in PIPELINED:
         raise SaihError(f"variant={params['variant']} needs several devices: it is simulated only (time=simulated)")
+    if ranks not in (1, stages):
+        raise SaihError(f"stages={stages} need {stages} ranks, or 1 that stands for all; there are {ranks}")
+    if spec.layers < ranks:
+        raise SaihError(f"{params['shape']} has {spec.layers} layers: too few for {ranks} stages")
     if not params["emulated_link"]:
         raise SaihError("emulated_link must be above 0")
     word, shrink = WORD["emulated"], int(params["shrink"])
     prompt, new = (mean / shrink for mean in MEANS[str(params["trace"])])
     per_token = stepcost.kv_bytes_per_token(spec, word)
     context = prompt + new / 2
-    batch = max(1.0, min(requests, int(params["kv_tokens"]) / context) / int(params["stages"]))
+    batch = max(1.0, min(requests, int(params["kv_tokens"]) / context) / stages)
     steps = int(requests * new / batch) + 1
     one = Batch.decode((int(context),) * round(batch))
-    parts = 2 * spec.layers + 1
-    flop, moved = steps * stepcost.forward_flop(spec, one) / parts, steps * stepcost.step_bytes(spec, one, word) / parts
+    parts = 2 * -(-spec.layers // ranks) + 1
+    flop = steps * stepcost.forward_flop(spec, one) / ranks / parts
+    moved = steps * stepcost.step_bytes(spec, one, word) / ranks / parts
     pool = requests * (prompt + new) * per_token
     return Cost(
         flop=flop * parts,
-        work=requests * new,
+        work=requests * new / ranks,
         operations=(Operation(flop, moved),) * parts,
         parameters=stepcost.parameters(spec),
-        device_bytes=3.0 * word * stepcost.parameters(spec) + int(params["kv_tokens"]) * per_token + 2 * pool,
+        device_bytes=3.0 * word * stepcost.parameters(spec) + (int(params["kv_tokens"]) * per_token + 2 * pool) / ranks,
         setup_s=2 * stepcost.parameters(spec) / RANDOM_PER_S + 0.02 * requests,
         check_steps=2,
     )
