@@ -137,6 +137,12 @@ class AttnMeta:
         return [row[:count] for row, count in zip(self.block_table_BN.tolist(), filled, strict=True)]
 
     @cached_property
+    def blocks_of_each(self) -> list[Tensor]:
+        """int64: `blocks`, of each sequence a row on the device. Only with block tables."""
+        rows = zip(cast(Tensor, self.block_table_BN), self.blocks, strict=True)
+        return [row_N[: len(blocks)] for row_N, blocks in rows]
+
+    @cached_property
     def padded_blocks_BN(self) -> Tensor:  # noqa: N802
         """int64: `blocks`, filled up with the first of each sequence, its own keys. Only with block tables."""
         widest = max(map(len, self.blocks))
@@ -280,15 +286,15 @@ def even(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tensor:
 
 def loop_in_cache(q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
     """One call a sequence, its keys read where they lie: without a copy if that is one block."""
-    each = zip(q_THd.split(list(meta.query_lens)), meta.blocks, meta.kv_lens, strict=True)
+    each = zip(q_THd.split(list(meta.query_lens)), meta.blocks_of_each, meta.kv_lens, strict=True)
     return torch.cat(
         [_attend(q, _join(k_NSGd, blocks), _join(v_NSGd, blocks), length, meta.causal) for q, blocks, length in each]
     )
 
 
-def _join(x_NSGd: Tensor, blocks: Sequence[int]) -> Tensor:
+def _join(x_NSGd: Tensor, blocks: Tensor) -> Tensor:
     """The blocks of one sequence in order, [tokens, G, d]."""
-    return x_NSGd[blocks[0]] if len(blocks) == 1 else torch.cat([x_NSGd[block] for block in blocks])
+    return x_NSGd[blocks[0]] if len(blocks) == 1 else x_NSGd.index_select(0, blocks).flatten(0, 1)
 
 
 def _attend(q_QHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, length: int, causal: bool) -> Tensor:

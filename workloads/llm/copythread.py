@@ -27,9 +27,12 @@ class BlockTransfer(Transfer):
     target: PagedKV = field(kw_only=True)
     chunks: Sequence[Sequence[tuple[int, int]]] = field(kw_only=True)
     """(source block, target block) of each chunk."""
+    behind: Sequence[BlockTransfer] = ()
+    """What another thread moves first: they write what this one reads, or read what it overwrites."""
     after: torch.cuda.Event | None = None
     """On CUDA: the computation that wrote the source, or read the target, before the transfer was asked for."""
     arrived: threading.Event = field(default_factory=threading.Event)
+    """Nothing of it moves any more: it is there, or was dropped."""
 
 
 class CopyThread:
@@ -59,13 +62,26 @@ class CopyThread:
         self._thread.start()
 
     def submit(
-        self, urgency: Urgency, source: PagedKV, target: PagedKV, pairs: Sequence[tuple[int, int]]
+        self,
+        urgency: Urgency,
+        source: PagedKV,
+        target: PagedKV,
+        pairs: Sequence[tuple[int, int]],
+        behind: Sequence[BlockTransfer] = (),
     ) -> BlockTransfer:
-        """Asks for copies (source block, target block); neither may be given to anybody else until they are there."""
+        """Asks for copies (source block, target block), which begin when those of `behind` have ended.
+
+        No block may be given to anybody else until they are there.
+        """
         size = max(1, self.chunk_bytes // source.block_bytes)
         chunks = [pairs[first : first + size] for first in range(0, len(pairs), size)]
         transfer = BlockTransfer(
-            urgency, [len(each) * source.block_bytes for each in chunks], source=source, target=target, chunks=chunks
+            urgency,
+            [len(each) * source.block_bytes for each in chunks],
+            source=source,
+            target=target,
+            chunks=chunks,
+            behind=behind,
         )
         if self._stream is not None:
             transfer.after = torch.cuda.Event()
@@ -95,6 +111,7 @@ class CopyThread:
         with self._changed:
             transfer.dropped = True
             self._changed.wait_for(lambda: self._moving is not transfer)
+        transfer.arrived.set()
 
     def bytes_per_s(self, default: float) -> float:
         """What the link gave over the last chunks, waiting for work not counted; `default` before there were any."""
@@ -110,7 +127,7 @@ class CopyThread:
         self._thread.join()
 
     def _run(self) -> None:
-        while (transfer := self._take()) is not None:
+        while (transfer := self._take()) is not None and self._may_begin(transfer):
             begin_s = time.perf_counter()
             try:
                 self._copy(transfer)
@@ -129,6 +146,14 @@ class CopyThread:
                 return None
             self._moving = transfer
             return cast(BlockTransfer, transfer)
+
+    def _may_begin(self, transfer: BlockTransfer) -> bool:
+        """Waits for those before it; False where this thread is to end meanwhile."""
+        for each in transfer.behind:
+            while not each.arrived.wait(1.0):
+                if self._closing:
+                    return False
+        return True
 
     def _copy(self, transfer: BlockTransfer) -> None:
         source_blocks, target_blocks = zip(*transfer.chunks[transfer.moved], strict=True)

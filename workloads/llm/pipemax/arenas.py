@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 import torch
@@ -18,6 +18,9 @@ CHUNK_BYTES = 1 << 20
 class Arenas:
     """Does what it is ordered, in this order. Leaving it ends the threads; what was not moved stays where it is.
 
+    Nobody waits for what leaves the device but who writes to the same blocks: a fetch on the link, behind it; a step,
+    by `before_step`. And a request is fetched behind what of it is still on its way to the host.
+
     Without `link` blocks move as fast as they can: over PCIe from and to a GPU, else from memory to memory.
     """
 
@@ -29,31 +32,57 @@ class Arenas:
         )
         self._coming: dict[int, BlockTransfer] = {}
         self._going: dict[int, list[BlockTransfer]] = {}
+        self._leaving: dict[int, BlockTransfer] = {}
+        """Device blocks that were given up, and the transfers that read them."""
 
     def do(self, order: Order) -> None:
         """One order. Raises SaihError where a copy has failed."""
         owner, pairs = order.owner, order.pairs
         match order.kind:
             case Kind.PLACE:
+                self._wait_for(self._before_fetching(order))
                 self._copy(self.host, self.device, pairs)
             case Kind.KEEP:
                 self._copy(self.device, self.host, pairs)
             case Kind.FETCH:
-                self._coming[owner] = self.inward.submit(Urgency.PREFETCH, self.host, self.device, pairs)
+                behind = self._before_fetching(order)
+                self._coming[owner] = self.inward.submit(Urgency.PREFETCH, self.host, self.device, pairs, behind)
             case Kind.WAIT:
                 if owner in self._coming:
-                    self.inward.wait(self._coming.pop(owner))
+                    transfer = self._coming.pop(owner)
+                    self._wait_for(transfer.behind)
+                    self.inward.wait(transfer)
             case Kind.OFFLOAD:
-                going = self._going.setdefault(owner, [])
-                going.append(self.outward.submit(Urgency.OFFLOAD, self.device, self.host, pairs))
-            case Kind.SETTLE:
+                transfer = self.outward.submit(Urgency.OFFLOAD, self.device, self.host, pairs)
+                self._going[owner] = [*self._still_going(owner), transfer]
+            case Kind.LEAVE:
                 self._no_longer_fetched(owner)
-                for transfer in self._going.pop(owner, []):
-                    self.outward.wait(transfer)
+                for transfer in self._still_going(owner):
+                    self._leaving |= {block: transfer for chunk in transfer.chunks for block, _ in chunk}
             case Kind.FORGET:
                 self._no_longer_fetched(owner)
                 for transfer in self._going.pop(owner, []):
                     self.outward.drop(transfer)
+
+    def before_step(self, blocks: Iterable[int]) -> None:
+        """Returns when a step may write to these device blocks."""
+        self._wait_for(self._reading(blocks))
+
+    def _before_fetching(self, order: Order) -> list[BlockTransfer]:
+        """What has to be there first: all of the request on the host, and who had the blocks before it."""
+        return [*self._still_going(order.owner), *self._reading(block for _, block in order.pairs)]
+
+    def _still_going(self, owner: int) -> list[BlockTransfer]:
+        return [each for each in self._going.get(owner, []) if not each.done]
+
+    def _reading(self, blocks: Iterable[int]) -> list[BlockTransfer]:
+        """The transfers that still read these blocks of others, each once."""
+        found = [self._leaving[block] for block in blocks if block in self._leaving]
+        return [each for each in dict.fromkeys(found) if not each.done]
+
+    def _wait_for(self, leaving: Iterable[BlockTransfer]) -> None:
+        for transfer in leaving:
+            self.outward.wait(transfer)
 
     def _no_longer_fetched(self, owner: int) -> None:
         if owner in self._coming:

@@ -20,8 +20,8 @@ class Kind(IntEnum):
     """Returns when what was fetched is there."""
     OFFLOAD = 4
     """Device blocks start over the link to host blocks."""
-    SETTLE = 5
-    """Returns when what was offloaded is there; what was being fetched is no longer wanted."""
+    LEAVE = 5
+    """Its device blocks are no longer its own, though what was offloaded may still be read; nothing is fetched."""
     FORGET = 6
     """Nothing on its way is wanted; returns when nothing moves."""
 

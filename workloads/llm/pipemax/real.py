@@ -15,6 +15,7 @@ from workloads.llm.pipemax.arenas import Arenas
 from workloads.llm.pipemax.orders import Kind, Order, from_words, to_words
 from workloads.llm.pipemax.rotation import written
 from workloads.llm.pool import PooledState
+from workloads.llm.prefill import packs, prefilled_tokens
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan
 from workloads.llm.worker import Step, Worker
@@ -37,13 +38,14 @@ def follow(worker: Worker, arenas: Arenas) -> None:
         step = Step.from_words(words[split:])
         if not len(step.ids_T):
             return
+        arenas.before_step(step.blocks.tolist())
         worker.run(step)
 
 
-def prompt_step(request: Request, blocks: BlockAllocator) -> Step:
-    """Keys and values of all but the last token of its prompt, into its blocks; nobody gets a token."""
-    prompt = Request(request.id, request.prompt, 1)
-    return Step.of(BatchPlan([prompt], [len(request.prompt) - 1]), blocks)
+def prompt_step(requests: Sequence[Request], blocks: BlockAllocator) -> Step:
+    """Keys and values of all but the last token of each prompt, into its blocks; nobody gets a token."""
+    prompts = [Request(each.id, each.prompt, 1) for each in requests if prefilled_tokens(each)]
+    return Step.of(BatchPlan(prompts, [prefilled_tokens(each) for each in prompts]), blocks)
 
 
 class OneByOne:
@@ -79,20 +81,18 @@ class RealDevice:
         self._returned: deque[list[int]] = deque()
 
     def prefill(self, requests: Sequence[Request], *, over_link: bool) -> None:
-        """The phase before decoding: prompts one after the other; returns when the host has them all.
+        """The phase before decoding: some prompts after others; returns when all are on the host, or on their way.
 
         over_link: each on its way beside the computation of the next ones; otherwise copied at once, without the link.
         """
-        leaving: deque[int] = deque()
-        for request in requests:
-            while leaving and not self.state.blocks.grow(request.id, max(1, request.computed)):
-                self._left(leaving.popleft())
-            self.state.blocks.grow(request.id, max(1, request.computed))
-            self._compute(request)
-            self._order(Kind.OFFLOAD if over_link else Kind.KEEP, request.id, self._to_store(request))
-            leaving.append(request.id)
-        while leaving:
-            self._left(leaving.popleft())
+        for pack in packs(requests, self.state.blocks):
+            for request in pack:
+                self.state.blocks.grow(request.id, prefilled_tokens(request))
+            self._compute(pack)
+            for request in pack:
+                self._order(Kind.OFFLOAD if over_link else Kind.KEEP, request.id, self._to_store(request))
+                self._order(Kind.LEAVE, request.id)
+                self.state.blocks.release(request.id)
 
     def now_s(self) -> float:
         return time.perf_counter() - self._began_s
@@ -102,10 +102,10 @@ class RealDevice:
 
     def launch(self, plan: BatchPlan) -> None:
         begin_s = self.now_s()
-        for request in plan.requests:
-            if request.id in self._fresh:
-                self._fresh.remove(request.id)
-                self._compute(request)
+        fresh = [each for each in plan.requests if each.id in self._fresh]
+        self._fresh.difference_update(each.id for each in fresh)
+        for pack in packs(fresh, self.state.blocks):
+            self._compute(pack)
         self._joining_s = self.now_s() - begin_s
         self._run(Step.of(plan, self.state.blocks))
 
@@ -142,7 +142,7 @@ class RealDevice:
             return
         if written(request) > self.state.pool.stored_tokens(request.id):
             self.offload(request)
-        self._order(Kind.SETTLE, request.id)
+        self._order(Kind.LEAVE, request.id)
 
     def forget(self, request: Request) -> None:
         self._fresh.discard(request.id)
@@ -157,13 +157,10 @@ class RealDevice:
     def _to_load(self, request: Request) -> list[tuple[int, int]]:
         return self.state.pool.load(request.id, self.state.blocks.table(request.id))
 
-    def _left(self, owner: int) -> None:
-        self._order(Kind.SETTLE, owner)
-        self.state.blocks.release(owner)
-
-    def _compute(self, request: Request) -> None:
-        if len(request.prompt) > 1:
-            self._run(prompt_step(request, self.state.blocks))
+    def _compute(self, requests: Sequence[Request]) -> None:
+        step = prompt_step(requests, self.state.blocks)
+        if len(step.ids_T):
+            self._run(step)
 
     def _order(self, kind: Kind, owner: int, pairs: Sequence[tuple[int, int]] = ()) -> None:
         """Done here at once; the others hear of it with the next step."""
@@ -176,6 +173,7 @@ class RealDevice:
         """Returns when this stage has run it."""
         send(self.worker, self._orders, step)
         self._orders.clear()
+        self.arenas.before_step(step.blocks.tolist())
         self._flying.append((len(step.sampled_R), self.worker.run(step)))
         if self.arenas.device.arena.is_cuda:
             torch.cuda.current_stream(self.arenas.device.arena.device).synchronize()

@@ -65,7 +65,7 @@ class Device(Protocol):
         """Starts copying what the host does not have yet."""
 
     def evict(self, request: Request) -> None:
-        """Returns when the host has all of it, so that its blocks may be overwritten, and nothing of it is moving."""
+        """Its blocks may be overwritten by what is fetched or computed next, once the host has all of it."""
 
     def forget(self, request: Request) -> None:
         """It has ended: returns when nothing of it is moving."""
@@ -354,7 +354,7 @@ class Rotation:
         by_id = {each.id: each for each in [*away, *new]}
         fetched = 0
         spare = 0 if at_once else 1 + int(WATERMARK * self.state.blocks.blocks)
-        leaving = self._leaving(running, slot)
+        leaving = self._leaving(running, slot, sum(each.blocks for each in chosen) + spare)
         for each in chosen:
             request = by_id[each.id]
             room = self._evict(leaving, each.blocks + spare)
@@ -373,10 +373,27 @@ class Rotation:
                 self._skipped[request.id] = self._skipped.get(request.id, 0) + 1
         return fetched
 
-    def _leaving(self, running: int, following: int) -> Iterator[Request]:
-        """Of the batch that ran last: its next turn is furthest away."""
-        previous = (following - 2) % self.policy.slots
-        return iter([] if running < 0 or previous in (running, following) else list(self._slots[previous].values()))
+    def _leaving(self, running: int, following: int, coming: int) -> Iterator[Request]:
+        """Of waiting batches, whose turn is furthest away first: what each has beyond its share, then the rest.
+
+        An equal share of what is left when `coming` blocks have come: so that all come back equally large, for the link
+        brings no more to one that lost everything than to one that kept much.
+        """
+        slots = self.policy.slots
+        waiting = [] if running < 0 else [(running - back) % slots for back in range(1, slots)]
+        waiting = [slot for slot in waiting if slot != following]
+        kept = sum(map(self._held, waiting)) + self.state.blocks.free_blocks - coming
+        for share in (kept // max(1, len(waiting)), 0):
+            for slot in waiting:
+                held = self._held(slot)
+                for request in list(self._slots[slot].values()):
+                    if held > share and self._resident(request):
+                        held -= len(self.state.blocks.table(request.id))
+                        yield request
+
+    def _held(self, slot: int) -> int:
+        """Blocks of the batch on the device."""
+        return sum(len(self.state.blocks.table(key)) for key in self._slots[slot])
 
     def _evict(self, leaving: Iterator[Request], blocks: int) -> bool:
         """Takes blocks of these, one after the other, until so many are free; whether they are."""

@@ -49,6 +49,8 @@ class SimulatedDevice:
         self._prefilled: set[int] = set()
         self._coming: dict[int, Transfer] = {}
         self._going: dict[int, list[Transfer]] = {}
+        self._left_s = 0.0
+        """When all that was given up on the device is on the host: its room is free for what is fetched."""
 
     def now_s(self) -> float:
         return self._now_s
@@ -73,7 +75,7 @@ class SimulatedDevice:
     def fetch(self, request: Request) -> None:
         self._prefill(request)
         blocks = self.state.blocks.blocks_for(request.computed)
-        self._coming[request.id] = self._send(self.inward, Urgency.PREFETCH, blocks)
+        self._coming[request.id] = self._send(self.inward, Urgency.PREFETCH, blocks, self._left_s)
 
     def wait(self, request: Request) -> None:
         transfer = self._coming.pop(request.id, None)
@@ -92,7 +94,10 @@ class SimulatedDevice:
         if coming is not None:
             coming.dropped = True
         self.offload(request)
-        self._saved(request)
+        for transfer in self._going.pop(request.id, []):
+            if not transfer.done:
+                self.outward.finish(transfer)
+            self._left_s = max(self._left_s, transfer.ended_s or 0.0)
 
     def forget(self, request: Request) -> None:
         for transfer in (self._coming.pop(request.id, None), *self._going.pop(request.id, [])):
@@ -114,16 +119,12 @@ class SimulatedDevice:
             self.state.pool.hold(request.id, request.computed)
         if self.phases:
             self._now_s += took_s
-            self._saved(request)
+            for transfer in self._going.pop(request.id, []):
+                self._settle(self.outward, transfer)
             self.prefill_s += self._now_s - begin_s
         else:
             self._joining_s[request.id] = took_s
             self.prefill_s += took_s
-
-    def _saved(self, request: Request) -> None:
-        """Until all of the request that is on its way to the host is there."""
-        for transfer in self._going.pop(request.id, []):
-            self._settle(self.outward, transfer)
 
     def _settle(self, link: SimulatedLink, transfer: Transfer) -> None:
         """Until the transfer has arrived, before all others."""
@@ -131,7 +132,8 @@ class SimulatedDevice:
         if not transfer.done or (transfer.ended_s or 0.0) > self._now_s:
             self.wait_until(link.finish(transfer))
 
-    def _send(self, link: SimulatedLink, urgency: Urgency, blocks: int) -> Transfer:
+    def _send(self, link: SimulatedLink, urgency: Urgency, blocks: int, after_s: float = 0.0) -> Transfer:
+        """It begins at `after_s` at the earliest."""
         whole, rest = divmod(blocks, CHUNK_BLOCKS)
         sizes = [CHUNK_BLOCKS] * whole + [rest] * bool(rest)
-        return link.submit(Transfer(urgency, [size * self.block_bytes for size in sizes]), self._now_s)
+        return link.submit(Transfer(urgency, [size * self.block_bytes for size in sizes]), max(self._now_s, after_s))
