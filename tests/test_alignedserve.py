@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from workloads.llm import stepcost
 from workloads.llm.alignedserve import bench, quadtree, simulation, spec
 from workloads.llm.alignedserve.predictor import Predictor
 from workloads.llm.alignedserve.quadtree import DEPTH, ROOT, QuadTree, children, node_of, width
+from workloads.llm.alignedserve.real import label, place_of_stage
 from workloads.llm.alignedserve.scheduler import Aligned
 from workloads.llm.config import preset
 from workloads.llm.costmodel import fit
@@ -273,6 +275,33 @@ def test_a_copy_that_goes_wrong_fails_the_check(monkeypatch: pytest.MonkeyPatch)
 def test_what_makes_no_sense_is_refused_in_planning(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SaihError, match=message):
         spec.cost(params(**settings))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "others", "place"),
+    [
+        ("auto", "cpu", 0, "cpu"),
+        ("device", "cuda:0", 2, "cuda:0"),
+        ("auto", "cuda:0", 1, "cuda:0"),
+        ("auto", "cuda:0", 3, "cuda:2"),  # GPU 1 cannot be read by GPU 0
+        ("peer", "cuda:2", 3, "cuda:0"),
+    ],
+)
+def test_the_stage_is_on_a_second_gpu_where_there_is_one(
+    wanted: str, device: str, others: int, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: others)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, peer: {own, peer} != {0, 1})
+    assert place_of_stage(wanted, torch.device(device)) == torch.device(place)
+
+
+def test_a_stage_that_is_not_there_is_refused_and_its_place_is_told() -> None:
+    with pytest.raises(SaihError, match="stage=peer: cpu reads no other GPU's memory here; choose stage=device"):
+        ready(stage="peer")
+    made = ready(attention="ragged", requests=4)
+    assert made.check().notes == ("what runs next waits in a second buffer on cpu, filled from the host directly",)
+    assert label(torch.device("cuda:1"), torch.device("cuda:0")).startswith("what runs next waits on cuda:1, a second")
+    made.close()
 
 
 def test_split_keys_need_a_gpu() -> None:

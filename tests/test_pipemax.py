@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,18 +19,23 @@ from tests import pipemax_ranks
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.copythread import CopyThread
 from workloads.llm.costs import CostModel
+from workloads.llm.kv import EmulatedLink, PagedKV
 from workloads.llm.machines import MACHINES, USABLE_MEMORY
 from workloads.llm.pipemax import bench, simulation, spec
+from workloads.llm.pipemax.arenas import Arenas
 from workloads.llm.pipemax.compose import MOST_SKIPPED, Candidate, Held, compose
 from workloads.llm.pipemax.expected import StageModel, expect
 from workloads.llm.pipemax.orders import Kind, Order, from_words, to_words
 from workloads.llm.pipemax.predictor import PARAMETERS, predict, predict_on, table
+from workloads.llm.pipemax.real import RealDevice
 from workloads.llm.pipemax.rotation import Rotation
 from workloads.llm.pipemax.simulated import SimulatedDevice
 from workloads.llm.pool import HostPool, PooledState
 from workloads.llm.request import Phase, Request
 from workloads.llm.scheduler import BatchPlan, Load
+from workloads.llm.shard import Mesh
 from workloads.llm.transfer import Urgency
+from workloads.llm.worker import Step, Worker
 
 MODEL = CostModel(fixed_s=10.0, per_decode_s=0.1, per_context_token_s=0.01)
 
@@ -115,14 +120,14 @@ def test_a_prediction_keeps_to_its_own_equations(kv: float, weights: float, stag
 
 
 def rotation_of(
-    variant: str, blocks: int, link: float, stages: int = 4, **device_words: Any
+    variant: str, blocks: int, link: float, stages: int = 4, order: str = "priority", **device_words: Any
 ) -> tuple[Rotation, SimulatedDevice]:
     pool = HostPool(20_000, 16)
     state = PooledState(BlockAllocator(blocks, 16), pool)
     model = CostModel(1e-2, 1e-5, 1e-7)
     policy = simulation.policy(variant, stages)
     words = {"phases": policy.phases, "offload": policy.offload} | device_words
-    device = SimulatedDevice(state, model, 1000, link, 0.0, "priority", **words)
+    device = SimulatedDevice(state, model, 1000, link, 0.0, order, **words)
     return Rotation(state, policy, device, model, 1000), device
 
 
@@ -210,7 +215,7 @@ def test_only_the_turn_that_a_prompt_joins_takes_longer_for_it() -> None:
     assert joined == 16
 
 
-def test_an_eviction_waits_for_all_that_leaves_and_drops_what_comes() -> None:
+def test_what_is_fetched_waits_for_all_that_leaves_and_the_stage_does_not() -> None:
     rotation, device = rotation_of("pipemax", 100, 1e3)
     state, request = rotation.state, Request(0, range(161), 400)
     simulation.prefilled([request])
@@ -222,11 +227,54 @@ def test_an_eviction_waits_for_all_that_leaves_and_drops_what_comes() -> None:
     for computed in (320, 321):  # ten blocks, then one more: the second is behind the first on the link
         request.computed = computed
         device.offload(request)
+    device._prefilled.add(0)
     device.fetch(request)
     coming = device._coming[0]
     device.evict(request)
-    assert device.now_s() == pytest.approx(11.0), "eleven blocks of 1000 bytes at 1000 bytes/s"
     assert coming.dropped
+    assert device.now_s() == 0.0, "the stage goes on meanwhile"
+    device.fetch(request)
+    device.wait(request)
+    away_s, back_s = 11.0, 21.0
+    assert device.now_s() == pytest.approx(away_s + back_s), "blocks of 1000 bytes at 1000 bytes/s, there and back"
+
+
+def test_room_comes_from_all_waiting_batches_and_the_furthest_turn_first() -> None:
+    rotation, device = rotation_of("pipemax", 400, 1e7, stages=4)
+    state = rotation.state
+    requests = [Request(n, range(100), 9) for n in range(8)]
+    simulation.prefilled(requests)
+    for request in requests:  # two in each of four batches
+        state.submit(request)
+    state.admit()
+    for request in requests:
+        rotation._enter(request, request.id // 2)
+    evicted: list[int] = []
+    device.evict = lambda request: evicted.append(request.id)  # type: ignore[method-assign]
+    assert not rotation._evict(rotation._leaving(1, 2), 400)
+    assert evicted == [0, 1, 6, 7], "batch 1 runs and batch 2 is next: 0 ran last, and 3 has its turn after the next"
+
+
+def test_a_long_one_is_not_overtaken_for_ever() -> None:
+    rotation, _ = rotation_of("pipemax", 60, 1e6)
+    requests = [Request(n, range(16), 30) for n in range(300)]
+    requests[60] = long = Request(60, range(120), 30)
+    simulation.prefilled(requests)
+    rotation.serve(requests)
+    overtook = sum(each.token_s[0] < long.token_s[0] for each in requests[61:])
+    assert overtook < 100, f"{overtook} of 239 younger ones had their first token before it"
+
+
+@pytest.mark.parametrize("order", ["priority", "fifo"])
+def test_an_activation_waits_for_a_chunk_or_in_fifo_for_all_that_is_fetched(order: str) -> None:
+    rotation, _ = rotation_of("pipemax", 400, 1e7, stages=8, order=order, row_bytes=8.0)
+    requests = [Request(n, range(100), 40) for n in range(300)]
+    simulation.prefilled(requests)
+    rotation.serve(requests)
+    figures = simulation.figures(rotation)
+    chunk_s = 16 * 1000 / 1e7
+    assert (figures["activation_p95_s"] <= chunk_s + 1e-4) == (order == "priority")
+    assert all(turn.computed_s == pytest.approx(turn.predicted_s) for turn in rotation.turns), "waits are apart from it"
 
 
 def test_prompts_go_to_the_host_over_the_link() -> None:
@@ -360,9 +408,129 @@ def test_who_has_no_phases_computes_prompts_in_the_step_that_they_join() -> None
     rotation, requests = made._serve()
     assert sum(each.preemptions for each in requests) == 0, "else some come from the pool"
     assert all(rotation.state.pool.blocks.table(each.id) == [] for each in requests)
-    first = rotation.turns[0]
-    decoding_s = made.fitted.model.step_s(Load(first.requests, 0, 0, 0))
-    assert first.predicted_s > decoding_s + 1e-4, "the other stages compute these prompts too"
+    turns = rotation.turns
+    assert turns[0].stage_s > 1.5 * turns[-1].stage_s, "the other stages compute these prompts too"
+
+
+def test_what_disturbs_a_single_step_disturbs_no_other_stage() -> None:
+    with small_arenas(None) as arenas:
+        state = PooledState(BlockAllocator(8, 1), HostPool(8, 1))
+        device = RealDevice(state, cast(Worker, Echo(arenas.device)), arenas, 1.0)
+        device._joining_s = 0.5
+        for took_s in (0.7, 0.7, 0.7, 9.7, 0.7):
+            assert device.stage_s(took_s, 0.1) == pytest.approx(0.7), "twice as slow as predicted lately, and prompts"
+
+
+# -- Blocks on their way -----------------------------------------------------------------------------------------------
+
+
+def small_arenas(outward: EmulatedLink | None) -> Arenas:
+    """Eight blocks of one token each on the device, as many on the host; the way out may be slower than the way in."""
+    device, host = (PagedKV(1, 1, 1, blocks=8, block_size=1, layout="block_first") for _ in range(2))
+    arenas = Arenas(device, host, None)
+    arenas.outward.link = outward
+    return arenas
+
+
+def test_a_fetch_waits_for_who_leaves_its_blocks_and_for_its_own_way_out() -> None:
+    with small_arenas(EmulatedLink(8 / 0.2)) as arenas:  # a block leaves in 0.2 s
+        arenas.device.arena[0], arenas.host.arena[5] = 1.0, 2.0
+        arenas.do(Order(Kind.OFFLOAD, 1, [(0, 4)]))
+        arenas.do(Order(Kind.LEAVE, 1))
+        arenas.do(Order(Kind.FETCH, 2, [(5, 0)]))
+        arenas.do(Order(Kind.FETCH, 1, [(4, 3)]))
+        assert not arenas.host.arena[4].any(), "nobody waited"
+        for owner in (1, 2):
+            arenas.do(Order(Kind.WAIT, owner))
+        assert arenas.host.arena[4].flatten().tolist() == [1.0, 1.0]
+        assert arenas.device.arena[3].flatten().tolist() == [1.0, 1.0]
+        assert arenas.device.arena[0].flatten().tolist() == [2.0, 2.0]
+
+
+def test_a_step_and_a_placement_wait_for_who_leaves_their_blocks() -> None:
+    with small_arenas(EmulatedLink(8 / 0.2)) as arenas:
+        place = Order(Kind.PLACE, 9, [(6, 2)])
+        for block, writes in ((0, lambda: arenas.before_step([0, 1])), (2, lambda: arenas.do(place))):
+            for _ in range(2):  # the block was not full the first time
+                arenas.do(Order(Kind.OFFLOAD, block, [(block, 7)]))
+            arenas.do(Order(Kind.LEAVE, block))
+            going = list(arenas._going[block])
+            assert not any(each.done for each in going)
+            writes()
+            assert all(each.done for each in going)
+        arenas.before_step(range(8))
+
+
+def test_what_goes_is_dropped_when_its_request_ends_and_holds_up_nobody() -> None:
+    with small_arenas(EmulatedLink(8 / 2.0)) as arenas:
+        arenas.do(Order(Kind.OFFLOAD, 0, [(1, 1)]))  # moves for 2 s
+        arenas.do(Order(Kind.OFFLOAD, 1, [(0, 4)]))
+        arenas.do(Order(Kind.LEAVE, 1))
+        arenas.do(Order(Kind.FETCH, 2, [(5, 0)]))
+        arenas.do(Order(Kind.FORGET, 1))
+        arenas.do(Order(Kind.WAIT, 2))
+        arenas.before_step([0])
+        assert not arenas._going[0][0].done, "all of this took less"
+
+
+class Echo:
+    """In place of a model: the token at place p of request n is 100 n + p, and so is what the cache holds of it."""
+
+    def __init__(self, kv: PagedKV) -> None:
+        self.kv, self.mesh, self.steps = kv, Mesh(), 0
+
+    def run(self, step: Step) -> torch.Tensor:
+        keys, values = (x.flatten(1) for x in self.kv.layer(0))
+        tables = step.blocks.long().split(step.table_lengths_B.tolist())
+        rows = zip(step.ids_T.split(step.counts_B.tolist()), step.starts_B.tolist(), tables, strict=True)
+        last = []
+        for ids, start, blocks in rows:
+            first = int(ids[0]) - start
+            for held in (keys[blocks].flatten(), values[blocks].flatten()):
+                assert held[:start].tolist() == list(range(first, first + start)), "what was stored has come back"
+            for place, token in enumerate(ids.tolist(), start):
+                keys[blocks[place // 4], place % 4] = values[blocks[place // 4], place % 4] = token
+            last.append(int(ids[-1]))
+        self.steps += 1
+        return torch.tensor(last)[step.sampled_R.long()] + 1
+
+
+@pytest.mark.parametrize("variant", ["td-pipe", "pipemax", "pipemax-static"])
+def test_a_soak_with_threads_and_cancellations_mixes_nothing_up(variant: str) -> None:
+    """5,000 requests over real copies; every step reads all that its requests have in the cache."""
+    rng = random.Random(7)  # noqa: S311
+    requests = []
+    for n in range(5000):
+        prompt = rng.randint(1, 40)
+        requests.append(Request(n, range(100 * n, 100 * n + prompt), rng.randint(1, 8)))
+    simulation.prefilled(requests)
+    device, host = (PagedKV(1, 1, 1, blocks=blocks, block_size=4, layout="block_first") for blocks in (64, 60_000))
+    pool, policy, echo = HostPool(60_000, 4), simulation.policy(variant, 4), Echo(device)
+    for request in requests:
+        pool.enter(request)
+    state = PooledState(BlockAllocator(64, 4), pool)
+    complete, unwanted = state.complete, rng.sample(requests, 500)
+
+    def complete_and_cancel(*words: Any) -> Any:
+        if unwanted and rng.random() < 0.3:
+            request = unwanted.pop()
+            if request.phase in (Phase.WAITING, Phase.RUNNING):
+                state.cancel(request)
+        return complete(*words)
+
+    state.complete = complete_and_cancel  # type: ignore[method-assign]
+    with Arenas(device, host, EmulatedLink(2e6)) as arenas:
+        stage = RealDevice(state, cast(Worker, echo), arenas, 2e6)
+        stage.prefill(requests, over_link=policy.offload)
+        Rotation(state, policy, stage, CostModel(2e-4, 1e-5, 0.0), device.block_bytes).serve(requests)
+    ended = {phase: [each for each in requests if each.phase is phase] for phase in Phase}
+    assert len(ended[Phase.FINISHED]) + len(ended[Phase.CANCELLED]) == 5000
+    assert len(ended[Phase.CANCELLED]) > 100
+    for request in ended[Phase.FINISHED]:
+        first, count = request.prompt[-1] + 1, request.max_new_tokens
+        assert request.generated == list(range(first, first + count))
+    assert state.blocks.free_blocks == 64
+    assert pool.blocks.free_blocks == 60_000
 
 
 # -- Several stages ----------------------------------------------------------------------------------------------------
@@ -404,13 +572,14 @@ class Pipeline(SimulatedDevice):
         self.depth = depth  # type: ignore[misc]
         self.flying: deque[tuple[float, BatchPlan]] = deque()
 
-    def launch(self, plan: BatchPlan) -> None:
+    def launch(self, plan: BatchPlan) -> float:
         flying = {each.id for _, other in self.flying for each in other.requests}
         assert not flying & {each.id for each in plan.requests}, "nobody is in two batches at a time"
         assert len(self.flying) < self.depth
         begin_s = self.now_s()
-        super().launch(plan)
+        waited_s = super().launch(plan)
         self.flying.append((begin_s + self.depth * (self.now_s() - begin_s), plan))
+        return waited_s
 
     def collect(self) -> list[int]:
         back_s, plan = self.flying.popleft()

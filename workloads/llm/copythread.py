@@ -28,17 +28,21 @@ class BlockTransfer(Transfer):
     chunks: Sequence[Sequence[tuple[int, int]]] = field(kw_only=True)
     """(source block, target block) of each chunk."""
     behind: Sequence[BlockTransfer] = ()
-    """What another thread moves first: they write what this one reads, or read what it overwrites."""
+    """Those that go first: they write what this one reads, or read what it overwrites."""
     after: torch.cuda.Event | None = None
     """On CUDA: the computation that wrote the source, or read the target, before the transfer was asked for."""
     arrived: threading.Event = field(default_factory=threading.Event)
-    """Nothing of it moves any more: it is there, or was dropped."""
+
+    @property
+    def ready(self) -> bool:
+        return all(each.done for each in self.behind)
 
 
 class CopyThread:
     """Moves blocks in a thread of its own over one direction of a link, real or emulated, one chunk at a time.
 
     On CUDA the thread has a stream of its own, orders it behind the computation by events, and waits for every chunk.
+    A transfer may have to wait for others, of this thread or of one `beside` it; meanwhile the next ones go.
     An error in the thread is raised by the next `wait`.
     """
 
@@ -49,11 +53,12 @@ class CopyThread:
         order: str = "priority",
         chunk_bytes: int = 1 << 20,
         device: torch.device | str = "cpu",
+        beside: CopyThread | None = None,
     ) -> None:
         self.link, self.chunk_bytes = link, chunk_bytes
         self._queue = CopyQueue(order)
         self._rates: deque[tuple[int, float]] = deque(maxlen=RATE_CHUNKS)
-        self._changed = threading.Condition()
+        self._changed: threading.Condition = beside._changed if beside else threading.Condition()
         self._closing = False
         self._error: Exception | None = None
         self._moving: Transfer | None = None
@@ -69,7 +74,7 @@ class CopyThread:
         pairs: Sequence[tuple[int, int]],
         behind: Sequence[BlockTransfer] = (),
     ) -> BlockTransfer:
-        """Asks for copies (source block, target block), which begin when those of `behind` have ended.
+        """Asks for copies (source block, target block), which begin when those of `behind` have ended or were dropped.
 
         No block may be given to anybody else until they are there.
         """
@@ -91,7 +96,7 @@ class CopyThread:
         else:
             with self._changed:
                 self._queue.add(transfer)
-                self._changed.notify()
+                self._changed.notify_all()
         return transfer
 
     def wait(self, transfer: BlockTransfer) -> float:
@@ -111,7 +116,6 @@ class CopyThread:
         with self._changed:
             transfer.dropped = True
             self._changed.wait_for(lambda: self._moving is not transfer)
-        transfer.arrived.set()
 
     def bytes_per_s(self, default: float) -> float:
         """What the link gave over the last chunks, waiting for work not counted; `default` before there were any."""
@@ -123,11 +127,11 @@ class CopyThread:
         """Ends the thread; what was not moved stays where it is."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
-        while (transfer := self._take()) is not None and self._may_begin(transfer):
+        while (transfer := self._take()) is not None:
             begin_s = time.perf_counter()
             try:
                 self._copy(transfer)
@@ -146,14 +150,6 @@ class CopyThread:
                 return None
             self._moving = transfer
             return cast(BlockTransfer, transfer)
-
-    def _may_begin(self, transfer: BlockTransfer) -> bool:
-        """Waits for those before it; False where this thread is to end meanwhile."""
-        for each in transfer.behind:
-            while not each.arrived.wait(1.0):
-                if self._closing:
-                    return False
-        return True
 
     def _copy(self, transfer: BlockTransfer) -> None:
         source_blocks, target_blocks = zip(*transfer.chunks[transfer.moved], strict=True)

@@ -33,6 +33,8 @@ class Transfer:
     chunk_bytes: Sequence[int]
     moved: int = 0
     """Chunks that have arrived."""
+    not_before_s: float = 0.0
+    """In simulated time: when what it overwrites has gone."""
     dropped: bool = False
     """Nobody wants the rest any more."""
     ended_s: float | None = None
@@ -41,6 +43,11 @@ class Transfer:
     @property
     def done(self) -> bool:
         return self.dropped or self.moved == len(self.chunk_bytes)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may begin."""
+        return True
 
 
 class CopyQueue:
@@ -64,10 +71,12 @@ class CopyQueue:
             self.add(transfer)  # its old entry is skipped when it is reached, for the transfer is done by then
 
     def next(self) -> Transfer | None:
-        """The transfer whose chunk `moved` is to be moved now; None where there is nothing to move."""
+        """The transfer whose chunk `moved` is to be moved now; None where there is none, or none that may begin."""
         while self._heap and self._heap[0][2].done:
             heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        if self._heap and self._heap[0][2].ready:
+            return self._heap[0][2]
+        return next((each for _, _, each in sorted(self._heap) if each.ready and not each.done), None)
 
 
 class SimulatedLink:
@@ -86,7 +95,7 @@ class SimulatedLink:
 
     def advance(self, now_s: float) -> None:
         """Moves all chunks that begin before `now_s`."""
-        while self._free_s < now_s and (transfer := self.queue.next()):
+        while self._free_s < now_s and (transfer := self.queue.next()) and transfer.not_before_s < now_s:
             self._move(transfer)
 
     def finish(self, transfer: Transfer) -> float:
@@ -98,7 +107,7 @@ class SimulatedLink:
 
     def _move(self, transfer: Transfer) -> None:
         took_s = transfer.chunk_bytes[transfer.moved] / self.bytes_per_s
-        self._free_s += took_s
+        self._free_s = max(self._free_s, transfer.not_before_s) + took_s
         self.busy_s += took_s
         transfer.moved += 1
         if transfer.done:

@@ -12,7 +12,7 @@ from saih.errors import SaihError
 from workloads.llm import loader, metrics, peers, stepcost
 from workloads.llm.alignedserve import calibrate, simulation, spec
 from workloads.llm.alignedserve.predictor import Predictor
-from workloads.llm.alignedserve.real import RealMover
+from workloads.llm.alignedserve.real import RealMover, label, place_of_stage
 from workloads.llm.alignedserve.scheduler import Aligned, stage_blocks
 from workloads.llm.alignedserve.state import DecodeState
 from workloads.llm.alignedserve.traces import requests_of
@@ -75,9 +75,10 @@ class Decoding:
         refuse_what_cannot_run(self.trace, blocks, size, shape.max_positions)
         self.host_blocks = sum(-(-each.longest_kv_tokens // size) for each in self.trace)
         self.kv = self.stage.new_kv(blocks, size, layout="block_first")
-        self.staged = self.stage.new_kv(stage_blocks(blocks), size, layout="block_first")
+        place = place_of_stage(str(point.params["stage"]), self.stage.device)
+        self.staged = self.stage.new_kv(stage_blocks(blocks), size, layout="block_first", device=place)
         self.host = self.stage.new_kv(self.host_blocks, size, layout="block_first", device="cpu", pinned=kind == "cuda")
-        self.copies = CopyThread(device=device)
+        self.copies = CopyThread(device=place)
         self.timed_prompts = point.params["prompts"] == "timed"
         if not self.timed_prompts:
             prefill(self.stage, self.trace, self._pool(), self.host, self.kv)
@@ -103,7 +104,8 @@ class Decoding:
         figures["mean_batch"] = sum(each.load.decodes for each in iterations) / len(iterations)
         if not self.timed_prompts:
             figures["predicted_work_per_s"] = self._predict(linear, padded)
-        return Check(check.passed, {**check.numbers, **calibrate.numbers(linear), **figures}, check.why)
+        notes = (label(self.staged.arena.device, self.stage.device),)
+        return Check(check.passed, {**check.numbers, **calibrate.numbers(linear), **figures}, check.why, notes)
 
     def _predict(self, linear: Fit, padded: Fit) -> float:
         """Decode tokens/s on paper, by the fit that suits the kernel."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from saih.errors import SaihError
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.copythread import BlockTransfer, CopyThread
 from workloads.llm.kv import PagedKV, copy_blocks
@@ -14,8 +15,31 @@ from workloads.llm.request import Request
 from workloads.llm.transfer import Urgency
 
 
+def place_of_stage(wanted: str, device: torch.device) -> torch.device:
+    """A second GPU whose memory the device reads directly (GPU-prefetch-for-GPU), or the device itself.
+
+    wanted: "peer", "device", or "auto", a peer where there is one. Raises SaihError for a peer where there is none.
+    """
+    if wanted == "device":
+        return device
+    own, count = device.index or 0, torch.cuda.device_count() if device.type == "cuda" else 0
+    peers = [peer for peer in range(count) if peer != own and torch.cuda.can_device_access_peer(own, peer)]
+    if peers:
+        return torch.device("cuda", peers[0])
+    if wanted == "peer":
+        raise SaihError(f"stage=peer: {device} reads no other GPU's memory here; choose stage=device or stage=auto")
+    return device
+
+
+def label(stage: torch.device, device: torch.device) -> str:
+    """What a result says of where its stage was."""
+    if stage != device:
+        return f"what runs next waits on {stage}, a second GPU with a host link of its own"
+    return f"what runs next waits in a second buffer on {device}, filled from the host directly"
+
+
 class RealMover:
-    """Pool, stage and device as three arenas. The stage is a second buffer on the device itself."""
+    """Pool, stage and device as three arenas; `place_of_stage` says where the stage is."""
 
     def __init__(
         self,

@@ -90,6 +90,13 @@ PARAMETERS = (
         "real: computed before the clock starts, so that a step is decoding alone; or timed with it",
         choices=("computed", "timed"),
     ),
+    Parameter(
+        "stage",
+        "auto",
+        "",
+        "real: where what runs next waits: a second GPU, a second buffer on the device; auto: the GPU if there is one",
+        choices=("auto", "peer", "device"),
+    ),
     Parameter("machine", "h100", "", "simulated: the device and its links", choices=tuple(MACHINES)),
 )
 

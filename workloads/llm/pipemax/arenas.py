@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -12,7 +13,8 @@ from workloads.llm.kv import EmulatedLink, PagedKV, copy_blocks
 from workloads.llm.pipemax.orders import Kind, Order
 from workloads.llm.transfer import Urgency
 
-CHUNK_BYTES = 1 << 20
+CHUNK_S = 1e-3
+"""Of copying is a chunk, or one block: what an activation waits for at the most. Smaller ones cost a GPU its rate."""
 
 
 class Arenas:
@@ -24,15 +26,23 @@ class Arenas:
     Without `link` blocks move as fast as they can: over PCIe from and to a GPU, else from memory to memory.
     """
 
-    def __init__(self, device: PagedKV, host: PagedKV, link: EmulatedLink | None, order: str = "priority") -> None:
-        """order: of transfers that wait, see `transfer.ORDERS`."""
+    def __init__(
+        self,
+        device: PagedKV,
+        host: PagedKV,
+        link: EmulatedLink | None,
+        order: str = "priority",
+        bytes_per_s: float = 1e9,
+    ) -> None:
+        """order: of transfers that wait, see `transfer.ORDERS`; bytes_per_s: of copies without `link`, about."""
         self.device, self.host = device, host
-        self.inward, self.outward = (
-            CopyThread(link, order=order, chunk_bytes=CHUNK_BYTES, device=device.arena.device) for _ in range(2)
-        )
+        chunk_bytes = int(CHUNK_S * (link.bytes_per_s if link else bytes_per_s))
+        words: dict[str, Any] = {"order": order, "chunk_bytes": chunk_bytes, "device": device.arena.device}
+        self.outward = CopyThread(link, **words)
+        self.inward = CopyThread(link, **words, beside=self.outward)
         self._coming: dict[int, BlockTransfer] = {}
         self._going: dict[int, list[BlockTransfer]] = {}
-        self._leaving: dict[int, BlockTransfer] = {}
+        self._leaving: dict[int, list[BlockTransfer]] = {}
         """Device blocks that were given up, and the transfers that read them."""
 
     def do(self, order: Order) -> None:
@@ -58,7 +68,8 @@ class Arenas:
             case Kind.LEAVE:
                 self._no_longer_fetched(owner)
                 for transfer in self._still_going(owner):
-                    self._leaving |= {block: transfer for chunk in transfer.chunks for block, _ in chunk}
+                    for block in (block for chunk in transfer.chunks for block, _ in chunk):
+                        self._leaving[block] = [*self._reading([block]), transfer]
             case Kind.FORGET:
                 self._no_longer_fetched(owner)
                 for transfer in self._going.pop(owner, []):
@@ -77,12 +88,13 @@ class Arenas:
 
     def _reading(self, blocks: Iterable[int]) -> list[BlockTransfer]:
         """The transfers that still read these blocks of others, each once."""
-        found = [self._leaving[block] for block in blocks if block in self._leaving]
+        found = [each for block in blocks for each in self._leaving.get(block, [])]
         return [each for each in dict.fromkeys(found) if not each.done]
 
     def _wait_for(self, leaving: Iterable[BlockTransfer]) -> None:
         for transfer in leaving:
-            self.outward.wait(transfer)
+            if not transfer.done:  # or dropped: then it never arrives
+                self.outward.wait(transfer)
 
     def _no_longer_fetched(self, owner: int) -> None:
         if owner in self._coming:

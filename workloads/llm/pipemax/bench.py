@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from saih.core import Check, Clock, Context, Params, Point, Value, Work
-from workloads.llm import loader, stepcost, trace
+from workloads.llm import loader, prefill, stepcost, trace
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.calibrate import decode_samples
 from workloads.llm.check import check_tokens
@@ -20,6 +20,7 @@ from workloads.llm.costs import CostModel
 from workloads.llm.kv import EmulatedLink
 from workloads.llm.model import Stage
 from workloads.llm.pipemax import measure, predictor, simulation, spec
+from workloads.llm.pipemax.activations import Activations
 from workloads.llm.pipemax.arenas import Arenas
 from workloads.llm.pipemax.expected import Expected, StageModel, expect
 from workloads.llm.pipemax.real import OneByOne, RealDevice, follow, send
@@ -82,6 +83,8 @@ class Turns:
         self.host = self.stage.new_kv(self.host_blocks, size, layout=layout, device="cpu", pinned=self.kind == "cuda")
         refuse_what_cannot_run(self.trace, self.kv.blocks, size, shape.max_positions)
         self.worker = Worker(self.stage, self.kv)
+        most_rows = max(prefill.MOST_TOKENS, *(len(each.prompt) for each in self.trace))
+        self.activations = Activations(self.stage, most_rows) if self.mesh.pp == 1 else None
         self.policy = simulation.policy(str(params["variant"]), int(params["stages"]))
         self.memory_bytes_per_s = self._agreed(measure.memory_bytes_per_s(device, device))
         self.raw_bytes_per_s = self._agreed(measure.memory_bytes_per_s(device, "cpu"))
@@ -162,13 +165,18 @@ class Turns:
                 found = work()
                 send(self.worker, [], STOP)
                 return found
-            with Arenas(self.kv, self.host, self.link, str(self.params["order"])) as arenas:
+            with self._arenas() as arenas:
                 follow(self.worker, arenas)
         return None
 
     def _copies_beside(self) -> AbstractContextManager[None]:
         """What runs beside the steps of a trace; the device's arena is lost."""
-        return measure.links_busy(self.kv, self.host, self.link) if self.policy.offload else nullcontext()
+        if not self.policy.offload:
+            return nullcontext()
+        return measure.links_busy(self.kv, self.host, self.link, self.raw_bytes_per_s)
+
+    def _arenas(self) -> Arenas:
+        return Arenas(self.kv, self.host, self.link, str(self.params["order"]), self.raw_bytes_per_s)
 
     def _calibrate(self) -> Fit:
         loads, step_s = self._stage_samples(SWEEP)
@@ -230,8 +238,8 @@ class Turns:
             for each in self.trace
         ]
         state = PooledState(BlockAllocator(self.kv.blocks, self.kv.block_size), self._pool())
-        with Arenas(self.kv, self.host, self.link, str(self.params["order"])) as arenas:
-            device = RealDevice(state, self.worker, arenas, self.rate)
+        with self._arenas() as arenas:
+            device = RealDevice(state, self.worker, arenas, self.rate, self.activations)
             rotation = Rotation(state, self.policy, device, self.fitted.model, self.kv.block_bytes)
             if self.policy.phases:
                 device.prefill(requests, over_link=self.policy.offload)

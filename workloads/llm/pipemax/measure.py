@@ -41,23 +41,26 @@ def memory_bytes_per_s(device: str, other: str) -> float:
     return MEMORY_BYTES / best_s
 
 
-def link_bytes_per_s(device: PagedKV, host: PagedKV, link: EmulatedLink | None, default: float) -> float:
-    """What the link gives to blocks as requests have them: every other one, through the thread (BW_eff)."""
+def link_bytes_per_s(device: PagedKV, host: PagedKV, link: EmulatedLink | None, raw_bytes_per_s: float) -> float:
+    """What the link gives to blocks as requests have them: every other one, through the thread (BW_eff).
+
+    raw_bytes_per_s: of one large copy without `link`.
+    """
     blocks = range(0, min(device.blocks, host.blocks), 2)
     pairs = list(zip(blocks, blocks, strict=True))
-    with Arenas(device, host, link) as arenas:
+    with Arenas(device, host, link, bytes_per_s=raw_bytes_per_s) as arenas:
         for _ in range(3):
             arenas.do(Order(Kind.FETCH, 0, pairs))
             arenas.do(Order(Kind.WAIT, 0))
-        return arenas.inward.bytes_per_s(default)
+        return arenas.inward.bytes_per_s(raw_bytes_per_s)
 
 
 @contextmanager
-def links_busy(device: PagedKV, host: PagedKV, link: EmulatedLink | None) -> Iterator[None]:
+def links_busy(device: PagedKV, host: PagedKV, link: EmulatedLink | None, raw_bytes_per_s: float) -> Iterator[None]:
     """Copies both ways meanwhile, as they run beside the steps of a trace; what the arenas held is lost."""
     blocks = range(min(device.blocks, host.blocks))
     pairs = [(block, block) for block in blocks] * MANY_TIMES
-    with Arenas(device, host, link) as arenas:
+    with Arenas(device, host, link, bytes_per_s=raw_bytes_per_s) as arenas:
         arenas.do(Order(Kind.FETCH, 0, pairs))
         arenas.do(Order(Kind.OFFLOAD, 0, pairs))
         try:

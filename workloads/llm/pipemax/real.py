@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.kv import PagedKV
+from workloads.llm.pipemax.activations import Activations
 from workloads.llm.pipemax.arenas import Arenas
 from workloads.llm.pipemax.orders import Kind, Order, from_words, to_words
 from workloads.llm.pipemax.rotation import written
@@ -19,6 +21,9 @@ from workloads.llm.prefill import packs, prefilled_tokens
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan
 from workloads.llm.worker import Step, Worker
+
+LATELY = 32
+"""Steps."""
 
 
 def send(worker: Worker, orders: Sequence[Order], step: Step) -> None:
@@ -67,14 +72,22 @@ class OneByOne:
 class RealDevice:
     """Rank 0's: a worker and its arenas, and behind them those of all other stages, if there are any."""
 
-    def __init__(self, state: PooledState, worker: Worker, arenas: Arenas, rate: float) -> None:
-        """rate: bytes/s of the link as measured with copies like these, before (`measure.link_bytes_per_s`)."""
+    def __init__(
+        self, state: PooledState, worker: Worker, arenas: Arenas, rate: float, activations: Activations | None = None
+    ) -> None:
+        """rate: bytes/s of the link as measured with copies like these, before (`measure.link_bytes_per_s`).
+
+        activations: of the one stage that stands for all; with a rank for each stage they go from rank to rank.
+        """
         self.state, self.worker, self.arenas, self.rate = state, worker, arenas, rate
+        self.activations = activations
         self.depth = worker.mesh.pp
         self._began_s = time.perf_counter()
         self._fresh: set[int] = set()
         """Requests whose prompts are computed with their first step."""
         self._joining_s = 0.0
+        self._lately: deque[float] = deque(maxlen=LATELY)
+        """Of the last steps, what they took over what was predicted."""
         self._orders: list[Order] = []
         self._flying: deque[tuple[int, Tensor | None]] = deque()
         """Steps whose tokens are on their way, and how many they are: none for a prompt."""
@@ -100,14 +113,14 @@ class RealDevice:
     def wait_until(self, then_s: float) -> None:
         time.sleep(max(0.0, then_s - self.now_s()))
 
-    def launch(self, plan: BatchPlan) -> None:
+    def launch(self, plan: BatchPlan) -> float:
         begin_s = self.now_s()
         fresh = [each for each in plan.requests if each.id in self._fresh]
         self._fresh.difference_update(each.id for each in fresh)
         for pack in packs(fresh, self.state.blocks):
             self._compute(pack)
         self._joining_s = self.now_s() - begin_s
-        self._run(Step.of(plan, self.state.blocks))
+        return self._run(Step.of(plan, self.state.blocks))
 
     def collect(self) -> list[int]:
         while not self._returned:
@@ -115,8 +128,12 @@ class RealDevice:
         return self._returned.popleft()
 
     def stage_s(self, took_s: float, predicted_s: float) -> float:
-        """As predicted, and its prompts: what disturbed this step disturbs none of the stages that are not there."""
-        return predicted_s + self._joining_s
+        """As predicted, at the speed that steps have lately, and its prompts.
+
+        What disturbed this step alone disturbs none of the stages that are not there.
+        """
+        self._lately.append((took_s - self._joining_s) / predicted_s)
+        return predicted_s * median(self._lately) + self._joining_s
 
     def place(self, request: Request) -> None:
         """A prefill phase would have written here: the copy stands for its writing, and takes no part of the link."""
@@ -169,16 +186,21 @@ class RealDevice:
             self._orders.append(order)
         self.arenas.do(order)
 
-    def _run(self, step: Step) -> None:
-        """Returns when this stage has run it."""
+    def _run(self, step: Step) -> float:
+        """Returns when this stage has run it; seconds that it waited for activations."""
         send(self.worker, self._orders, step)
         self._orders.clear()
         self.arenas.before_step(step.blocks.tolist())
+        rows = len(step.ids_T)
+        waited_s = self.activations.come(self.arenas, rows) if self.activations else 0.0
         self._flying.append((len(step.sampled_R), self.worker.run(step)))
         if self.arenas.device.arena.is_cuda:
             torch.cuda.current_stream(self.arenas.device.arena.device).synchronize()
+        if self.activations:
+            self.activations.go(self.arenas, rows)
         while len(self._flying) > self.depth:  # the last stage goes on only while what it sends is taken
             self._receive()
+        return waited_s
 
     def _receive(self) -> None:
         count, tokens_R = self._flying.popleft()

@@ -42,8 +42,8 @@ class Device(Protocol):
     def wait_until(self, then_s: float) -> None:
         """Returns when `now_s()` is `then_s` or later."""
 
-    def launch(self, plan: BatchPlan) -> None:
-        """Starts a batch; returns when this stage has run it, or earlier."""
+    def launch(self, plan: BatchPlan) -> float:
+        """Starts a batch; returns when this stage has run it, or earlier. Seconds that it waited for activations."""
 
     def collect(self) -> list[int]:
         """Waits for the oldest batch not yet collected; a token for each of its requests."""
@@ -107,13 +107,22 @@ class Turn:
     begin_s: float
     end_s: float
     predicted_s: float
+    """Of decoding alone."""
+    stage_s: float
+    """What the other stages take for it, each."""
     lengths: list[int]
     """Tokens that each of its requests attends to."""
     stalled_s: float
     """Waited for what was fetched."""
     bubble_s: float
     """Waited for the batch to come back from the other stages."""
+    activation_s: float
+    """Waited for what the stage before has computed."""
     fetched_blocks: int
+
+    @property
+    def computed_s(self) -> float:
+        return self.end_s - self.begin_s - self.activation_s
 
     @property
     def requests(self) -> int:
@@ -138,6 +147,9 @@ class Rotation:
     _saturated: int = field(default=0, init=False)
     """Turns since all that was wanted could be fetched."""
     _skipped: dict[int, int] = field(default_factory=dict, init=False)
+    """Turns of its batch that a member waited for."""
+    _overtaken: dict[int, int] = field(default_factory=dict, init=False)
+    """Turns of all batches in which a younger one came out of the pool."""
     _flying: deque[BatchPlan] = field(default_factory=deque, init=False)
     _waited_s: float = field(default=0.0, init=False)
     """For tokens of batches in flight, since the last turn."""
@@ -193,12 +205,13 @@ class Rotation:
         begin_s = self.device.now_s()
         bubble_s, self._waited_s = self._waited_s + begin_s - waited_s, 0.0
         self.state.launch(plan)
-        self.device.launch(plan)
+        activation_s = self.device.launch(plan)
         end_s = self.device.now_s()
-        predicted_s = self.device.stage_s(end_s - begin_s, predicted_s)
+        stage_s = self.device.stage_s(end_s - begin_s, predicted_s)
         if self.device.depth == 1:
-            self._ready_s[slot] = begin_s + self.policy.stages * predicted_s
-        self.turns.append(Turn(begin_s, end_s, predicted_s, lengths, stalled_s, bubble_s, fetched))
+            self._ready_s[slot] = begin_s + self.policy.stages * stage_s
+        times_s = (begin_s, end_s, predicted_s, stage_s)
+        self.turns.append(Turn(*times_s, lengths, stalled_s, bubble_s, activation_s, fetched))
         self._flying.append(plan)
         if self.policy.offload:
             for request in batch:
@@ -341,7 +354,7 @@ class Rotation:
             (here if self._resident(member) else away).append(member)
         target_s = self._mean_step_s() if step_s else 0.0
         new = list(islice(self.state.pooled.values(), min(MOST_NEW, self.max_requests - len(members))))
-        if self._skipped and len(away) > len(here):
+        if any(each.id in self._skipped for each in away) and len(away) > len(here):
             new = []  # more members than are fetched in time: no others for now
         held = Held(len(here), sum(each.context_tokens for each in here))
         candidates = [self._candidate(each) for each in [*away, *new]]
@@ -354,7 +367,7 @@ class Rotation:
         by_id = {each.id: each for each in [*away, *new]}
         fetched = 0
         spare = 0 if at_once else 1 + int(WATERMARK * self.state.blocks.blocks)
-        leaving = self._leaving(running, slot, sum(each.blocks for each in chosen) + spare)
+        leaving = self._leaving(running, slot)
         for each in chosen:
             request = by_id[each.id]
             room = self._evict(leaving, each.blocks + spare)
@@ -365,35 +378,26 @@ class Rotation:
                 self.state.start(request)
                 members[request.id] = request
             self.device.fetch(request)
-            self._skipped.pop(request.id, None)
+            for waits in (self._skipped, self._overtaken):
+                waits.pop(request.id, None)
             fetched += each.blocks
         self._saturated = self._saturated + 1 if fetched < sum(each.blocks for each in candidates) else 0
         for request in away:
             if not self._resident(request):
                 self._skipped[request.id] = self._skipped.get(request.id, 0) + 1
+        started = [place for place, each in enumerate(new) if each.phase is Phase.RUNNING]
+        for request in new[: max(started, default=0)]:
+            if request.phase is not Phase.RUNNING:
+                self._overtaken[request.id] = self._overtaken.get(request.id, 0) + 1
         return fetched
 
-    def _leaving(self, running: int, following: int, coming: int) -> Iterator[Request]:
-        """Of waiting batches, whose turn is furthest away first: what each has beyond its share, then the rest.
-
-        An equal share of what is left when `coming` blocks have come: so that all come back equally large, for the link
-        brings no more to one that lost everything than to one that kept much.
-        """
+    def _leaving(self, running: int, following: int) -> Iterator[Request]:
+        """Of the waiting batches, the one whose turn is furthest away first."""
         slots = self.policy.slots
         waiting = [] if running < 0 else [(running - back) % slots for back in range(1, slots)]
-        waiting = [slot for slot in waiting if slot != following]
-        kept = sum(map(self._held, waiting)) + self.state.blocks.free_blocks - coming
-        for share in (kept // max(1, len(waiting)), 0):
-            for slot in waiting:
-                held = self._held(slot)
-                for request in list(self._slots[slot].values()):
-                    if held > share and self._resident(request):
-                        held -= len(self.state.blocks.table(request.id))
-                        yield request
-
-    def _held(self, slot: int) -> int:
-        """Blocks of the batch on the device."""
-        return sum(len(self.state.blocks.table(key)) for key in self._slots[slot])
+        for slot in waiting:
+            if slot != following:
+                yield from list(self._slots[slot].values())
 
     def _evict(self, leaving: Iterator[Request], blocks: int) -> bool:
         """Takes blocks of these, one after the other, until so many are free; whether they are."""
@@ -420,5 +424,7 @@ class Rotation:
         return GROWTH * sum(each.predicted_s for each in last) / len(last)
 
     def _candidate(self, request: Request) -> Candidate:
+        """A rotation in which it was overtaken counts as one in which its batch ran without it."""
         tokens = request.context_tokens
-        return Candidate(request.id, tokens, self.state.blocks.blocks_for(tokens), self._skipped.get(request.id, 0))
+        skipped = self._skipped.get(request.id, 0) + self._overtaken.get(request.id, 0) // self.policy.slots
+        return Candidate(request.id, tokens, self.state.blocks.blocks_for(tokens), skipped)

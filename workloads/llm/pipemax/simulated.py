@@ -18,7 +18,8 @@ class SimulatedDevice:
     Where prefill has phases of its own, that time passes for all batches at once; otherwise it makes the step of the
     batch that the request joins longer. offload: prompts go to the host over the link while they are computed, and
     their phase lasts until they are there; otherwise a prefill leaves them on the device, and what an eviction brings
-    away of them costs nothing. block_copy_s: what a block takes beside its bytes, by the layout.
+    away of them costs nothing. block_copy_s: what a block takes beside its bytes, by the layout. row_bytes: of an
+    activation, which comes over the link before its step.
     """
 
     depth = 1
@@ -35,12 +36,14 @@ class SimulatedDevice:
         prefill_s_per_token: float = 0.0,
         phases: bool = True,
         offload: bool = False,
+        row_bytes: float = 0.0,
     ) -> None:
         self.state, self.model, self.block_bytes = state, model, block_bytes
         block_s = block_bytes / link_bytes_per_s + block_copy_s
         self.rate = block_bytes / block_s
         self.inward, self.outward = (SimulatedLink(self.rate, order) for _ in range(2))
         self.prefill_s_per_token, self.phases, self.offloads = prefill_s_per_token, phases, offload
+        self.row_bytes = row_bytes
         self.prefill_s = 0.0
         self._now_s = 0.0
         self._launched = 0
@@ -58,10 +61,15 @@ class SimulatedDevice:
     def wait_until(self, then_s: float) -> None:
         self._now_s = max(self._now_s, then_s)
 
-    def launch(self, plan: BatchPlan) -> None:
+    def launch(self, plan: BatchPlan) -> float:
+        begin_s = self._now_s
+        activation = Transfer(Urgency.ACTIVATION, [int(self.row_bytes * len(plan.requests))])
+        self._settle(self.inward, self.inward.submit(activation, begin_s))
+        waited_s = self._now_s - begin_s
         joining_s = sum(self._joining_s.pop(each.id, 0.0) for each in plan.requests)
         self._now_s += self.model.step_s(plan.load()) + joining_s
         self._launched = len(plan.requests)
+        return waited_s
 
     def collect(self) -> list[int]:
         return [0] * self._launched
@@ -132,8 +140,9 @@ class SimulatedDevice:
         if not transfer.done or (transfer.ended_s or 0.0) > self._now_s:
             self.wait_until(link.finish(transfer))
 
-    def _send(self, link: SimulatedLink, urgency: Urgency, blocks: int, after_s: float = 0.0) -> Transfer:
-        """It begins at `after_s` at the earliest."""
+    def _send(self, link: SimulatedLink, urgency: Urgency, blocks: int, not_before_s: float = 0.0) -> Transfer:
+        """It begins at `not_before_s` at the earliest."""
         whole, rest = divmod(blocks, CHUNK_BLOCKS)
         sizes = [CHUNK_BLOCKS] * whole + [rest] * bool(rest)
-        return link.submit(Transfer(urgency, [size * self.block_bytes for size in sizes]), max(self._now_s, after_s))
+        chunks = [size * self.block_bytes for size in sizes]
+        return link.submit(Transfer(urgency, chunks, not_before_s=not_before_s), self._now_s)

@@ -58,13 +58,16 @@ def predicted_gain(params: Params) -> float:
 def figures(rotation: Rotation) -> dict[str, float]:
     """What the turns say, emulated or simulated."""
     turns = rotation.turns
-    busy_s = sum(each.end_s - each.begin_s for each in turns)
-    errors = sorted(abs(each.predicted_s / (each.end_s - each.begin_s) - 1) for each in turns)
+    busy_s = sum(each.computed_s for each in turns)
+    errors = sorted(abs(each.predicted_s / each.computed_s - 1) for each in turns)
+    activations_s = sorted(each.activation_s for each in turns)
     return {
         "turns": float(len(turns)),
         "mean_batch": sum(each.requests for each in turns) / len(turns),
         "stalled_share": sum(each.stalled_s for each in turns) / busy_s,
         "bubble_share": sum(each.bubble_s for each in turns) / busy_s,
+        "activation_share": sum(activations_s) / busy_s,
+        "activation_p95_s": activations_s[int(0.95 * len(turns))],
         "fetched_blocks_per_turn": sum(each.fetched_blocks for each in turns) / len(turns),
         "single_turn_median_error": errors[len(errors) // 2],
         "single_turn_p95_error": errors[int(0.95 * len(errors))],
@@ -90,6 +93,7 @@ def run(params: Params, seed: int) -> dict[str, float]:
         prefill_s_per_token=stage.prefill_s_per_token,
         phases=chosen.phases,
         offload=chosen.offload,
+        row_bytes=spec.WORD["simulated"] * preset(str(params["shape"])).hidden if chosen.stages > 1 else 0.0,
     )
     requests = trace.to_requests(rows(params, seed))
     prefilled(requests)

@@ -154,6 +154,24 @@ CLAIMS = (
             "td-pipe": (1.0, "up to 1.42x"),
         }.items()
     ),
+    Claim(
+        "order",
+        "P95 of a step's wait for its activations (emulated link), urgent copies first over in order",
+        "check_activation_p95_s",
+        {"order": "priority"},
+        {"order": "fifo"},
+        0.5,
+        "lower",
+        where={"time": "emulated"},
+    ),
+    Claim(
+        "simulated-order",
+        "tokens/s of pipemax (simulated time), urgent copies first over in order",
+        "check_simulated_tokens_per_s",
+        {"order": "priority"},
+        {"order": "fifo"},
+        1.0,
+    ),
     _over("simulated-static", "tokens/s over a fixed prefetch share (simulated time)", "pipemax-static", 1.0,
           "1.05x to 1.25x", machine="rtx5090"),
 )  # fmt: skip
