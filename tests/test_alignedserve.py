@@ -268,6 +268,8 @@ def test_a_copy_that_goes_wrong_fails_the_check(monkeypatch: pytest.MonkeyPatch)
         ({"trace": "elsewhere"}, "choose sharegpt, longbench"),
         ({"variant": "fcfs", "starvation_s": 1.0}, "starvation_s is for variant=aligned"),
         ({"kv_tokens": 0}, "needs kv_tokens > 0"),
+        ({"stage": "peer", "time": "simulated"}, "stage=peer is for time=real"),
+        ({"stage": "peer", "variant": "aligned-noprefetch"}, "a variant that prefetches"),
         ({"shrink": 1, "shape": "gpt-tiny"}, "exceed gpt-tiny's 2048 positions"),
         ({"time": "simulated", "shape": "gpt-175b", "kv_tokens": 0}, "no room for a KV cache"),
     ],
@@ -300,8 +302,10 @@ def test_a_stage_that_is_not_there_is_refused_and_its_place_is_told() -> None:
         ready(stage="peer")
     made = ready(attention="ragged", requests=4)
     assert made.check().notes == ("what runs next waits in a second buffer on cpu, filled from the host directly",)
-    assert label(torch.device("cuda:1"), torch.device("cuda:0")).startswith("what runs next waits on cuda:1, a second")
     made.close()
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert label(second, first, prefetch=True).startswith("what runs next waits on cuda:1, a second GPU")
+    assert label(first, first, prefetch=False) == "what runs next comes from the host directly, when it runs"
 
 
 def test_split_keys_need_a_gpu() -> None:

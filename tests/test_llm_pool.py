@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workloads.llm.allocator import BlockAllocator
 from workloads.llm.copythread import CopyThread
-from workloads.llm.kv import EmulatedLink, PagedKV, copy_blocks
+from workloads.llm.kv import PagedKV, copy_blocks
 from workloads.llm.pool import HostPool, PooledState
 from workloads.llm.request import Phase, Request
 from workloads.llm.transfer import CopyQueue, SimulatedLink, Transfer, Urgency
@@ -118,29 +119,17 @@ def test_a_link_is_idle_between_transfers_and_finishes_what_is_hurried() -> None
     assert link.busy_s == 7.0
 
 
-def test_a_link_goes_on_with_others_until_one_may_begin() -> None:
-    link = SimulatedLink(1.0)
+@pytest.mark.parametrize("order", ["priority", "fifo"])
+def test_a_link_goes_on_with_others_until_one_may_begin(order: str) -> None:
+    link = SimulatedLink(1.0, order)
     late = link.submit(Transfer(Urgency.PREFETCH, [2], not_before_s=10.0), 0.0)
-    urgent = link.submit(Transfer(Urgency.ACTIVATION, [1]), 3.0)
+    later = link.submit(Transfer(Urgency.OFFLOAD, [1]), 3.0)
     link.advance(5.0)
-    assert (urgent.ended_s, late.done) == (4.0, False)
-    assert link.finish(late) == 12.0
-
-
-def test_a_thread_goes_on_with_others_until_one_may_begin() -> None:
-    source, target = arenas("block_first", 8)
-    slow = CopyThread(EmulatedLink(source.block_bytes / 0.3))
-    quick = CopyThread(beside=slow)
-    first = slow.submit(Urgency.OFFLOAD, source, target, [(0, 0)])
-    behind = quick.submit(Urgency.PREFETCH, source, target, [(1, 1)], [first])
-    other = quick.submit(Urgency.OFFLOAD, source, target, [(2, 2)])
-    quick.wait(other)
-    assert not first.done
-    assert not behind.done
-    quick.wait(behind)
-    assert first.done
-    for each in (quick, slow):
-        each.close()
+    assert (later.ended_s, late.done) == (4.0, False)
+    link.advance(11.0)
+    assert late.ended_s == 12.0, "an idle link begins when it may, not when it is asked"
+    latest = link.submit(Transfer(Urgency.PREFETCH, [2], not_before_s=20.0), 15.0)
+    assert link.finish(latest) == 22.0
 
 
 def test_a_thread_copies_what_is_asked_and_stops_what_is_dropped() -> None:

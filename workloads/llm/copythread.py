@@ -33,8 +33,7 @@ class BlockTransfer(Transfer):
     """On CUDA: the computation that wrote the source, or read the target, before the transfer was asked for."""
     arrived: threading.Event = field(default_factory=threading.Event)
 
-    @property
-    def ready(self) -> bool:
+    def ready(self, now_s: float) -> bool:
         return all(each.done for each in self.behind)
 
 
@@ -107,14 +106,19 @@ class CopyThread:
                 self._queue.hurry(transfer)
             while not transfer.arrived.wait(1.0) and self._error is None:
                 pass
+        self.raise_error()
+        return time.perf_counter() - begin_s
+
+    def raise_error(self) -> None:
+        """Raises SaihError if copying failed."""
         if self._error is not None:
             raise SaihError(f"a copy of blocks failed: {self._error}") from self._error
-        return time.perf_counter() - begin_s
 
     def drop(self, transfer: BlockTransfer) -> None:
         """Nobody wants the rest; returns when no chunk of it is moving."""
         with self._changed:
             transfer.dropped = True
+            self._changed.notify_all()  # those behind it may begin
             self._changed.wait_for(lambda: self._moving is not transfer)
 
     def bytes_per_s(self, default: float) -> float:
@@ -135,8 +139,11 @@ class CopyThread:
             begin_s = time.perf_counter()
             try:
                 self._copy(transfer)
-            except Exception as error:  # whoever waits is told
-                self._error = error
+            except Exception as error:  # whoever waits is told; nothing more moves
+                with self._changed:
+                    self._error, self._moving = error, None
+                    self._changed.notify_all()
+                return
             end_s = time.perf_counter()
             self._rates.append((transfer.chunk_bytes[transfer.moved], end_s - begin_s))
             self._book(transfer, end_s)
@@ -144,9 +151,9 @@ class CopyThread:
     def _take(self) -> BlockTransfer | None:
         """The transfer to move a chunk of now, as soon as there is one; None at the end."""
         with self._changed:
-            while not self._closing and self._error is None and (transfer := self._queue.next()) is None:
+            while not self._closing and (transfer := self._queue.next()) is None:
                 self._changed.wait()
-            if self._closing or self._error is not None:
+            if self._closing:
                 return None
             self._moving = transfer
             return cast(BlockTransfer, transfer)

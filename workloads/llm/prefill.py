@@ -67,6 +67,6 @@ def prefill(stage: Stage, requests: Sequence[Request], pool: HostPool, host: Pag
         pairs = [pair for each in pack for pair in pool.store(each.id, prefilled_tokens(each), scratch.table(each.id))]
         copy_blocks(device, host, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
         if device.arena.is_cuda:
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(device.arena.device).synchronize()
         for request in pack:
             scratch.release(request.id)

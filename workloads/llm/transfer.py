@@ -6,11 +6,11 @@ An activation never waits behind more than one chunk of something less urgent. O
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import count
-from typing import cast
 
 from saih.errors import unknown
 
@@ -44,10 +44,9 @@ class Transfer:
     def done(self) -> bool:
         return self.dropped or self.moved == len(self.chunk_bytes)
 
-    @property
-    def ready(self) -> bool:
+    def ready(self, now_s: float) -> bool:
         """Whether it may begin."""
-        return True
+        return self.not_before_s <= now_s
 
 
 class CopyQueue:
@@ -70,13 +69,17 @@ class CopyQueue:
             transfer.urgency = Urgency.ACTIVATION
             self.add(transfer)  # its old entry is skipped when it is reached, for the transfer is done by then
 
-    def next(self) -> Transfer | None:
+    def next(self, now_s: float = math.inf) -> Transfer | None:
         """The transfer whose chunk `moved` is to be moved now; None where there is none, or none that may begin."""
         while self._heap and self._heap[0][2].done:
             heapq.heappop(self._heap)
-        if self._heap and self._heap[0][2].ready:
+        if self._heap and self._heap[0][2].ready(now_s):
             return self._heap[0][2]
-        return next((each for _, _, each in sorted(self._heap) if each.ready and not each.done), None)
+        return next((each for _, _, each in sorted(self._heap) if not each.done and each.ready(now_s)), None)
+
+    def next_s(self) -> float:
+        """In simulated time: when the first of them may begin; inf where there is none."""
+        return min((each.not_before_s for _, _, each in self._heap if not each.done), default=math.inf)
 
 
 class SimulatedLink:
@@ -95,19 +98,25 @@ class SimulatedLink:
 
     def advance(self, now_s: float) -> None:
         """Moves all chunks that begin before `now_s`."""
-        while self._free_s < now_s and (transfer := self.queue.next()) and transfer.not_before_s < now_s:
-            self._move(transfer)
+        while self._free_s < now_s:
+            if transfer := self.queue.next(self._free_s):
+                self._move(transfer)
+            else:
+                self._free_s = min(now_s, self.queue.next_s())
 
     def finish(self, transfer: Transfer) -> float:
         """When this transfer will have arrived if nothing else is submitted before, and it is hurried."""
         self.queue.hurry(transfer)
         while not transfer.done:
-            self._move(cast(Transfer, self.queue.next()))
+            if first := self.queue.next(self._free_s):
+                self._move(first)
+            else:
+                self._free_s = self.queue.next_s()
         return self._free_s if transfer.ended_s is None else transfer.ended_s
 
     def _move(self, transfer: Transfer) -> None:
         took_s = transfer.chunk_bytes[transfer.moved] / self.bytes_per_s
-        self._free_s = max(self._free_s, transfer.not_before_s) + took_s
+        self._free_s += took_s
         self.busy_s += took_s
         transfer.moved += 1
         if transfer.done:

@@ -104,7 +104,8 @@ class Decoding:
         figures["mean_batch"] = sum(each.load.decodes for each in iterations) / len(iterations)
         if not self.timed_prompts:
             figures["predicted_work_per_s"] = self._predict(linear, padded)
-        notes = (label(self.staged.arena.device, self.stage.device),)
+        prefetch = self.params["variant"] != "aligned-noprefetch"
+        notes = (label(self.staged.arena.device, self.stage.device, prefetch=prefetch),)
         return Check(check.passed, {**check.numbers, **calibrate.numbers(linear), **figures}, check.why, notes)
 
     def _predict(self, linear: Fit, padded: Fit) -> float:

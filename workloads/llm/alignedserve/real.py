@@ -31,8 +31,10 @@ def place_of_stage(wanted: str, device: torch.device) -> torch.device:
     return device
 
 
-def label(stage: torch.device, device: torch.device) -> str:
+def label(stage: torch.device, device: torch.device, *, prefetch: bool) -> str:
     """What a result says of where its stage was."""
+    if not prefetch:
+        return "what runs next comes from the host directly, when it runs"
     if stage != device:
         return f"what runs next waits on {stage}, a second GPU with a host link of its own"
     return f"what runs next waits in a second buffer on {device}, filled from the host directly"
@@ -89,4 +91,6 @@ class RealMover:
     def _copy(self, source: PagedKV, target: PagedKV, pairs: Sequence[tuple[int, int]]) -> None:
         copy_blocks(source, target, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
         if self.device.arena.is_cuda and not (source.arena.is_cuda and target.arena.is_cuda):
-            torch.cuda.current_stream().synchronize()  # the host side may be written or read at once
+            torch.cuda.current_stream(
+                self.device.arena.device
+            ).synchronize()  # the host side may be written or read at once

@@ -337,6 +337,10 @@ def cost(params: Params) -> Cost:
         raise SaihError(f"variant={params['variant']} computes prompts itself: set time=real and prompts=timed")
     if params["variant"] != "aligned" and params["starvation_s"]:
         raise SaihError(f"starvation_s is for variant=aligned, not {params['variant']}")
+    if params["stage"] == "peer" and (
+        params["time"] == "simulated" or params["variant"] in (*PEERS, "aligned-noprefetch")
+    ):
+        raise SaihError("stage=peer is for time=real and a variant that prefetches")
     requests, word = int(params["requests"]), WORD[str(params["time"])]
     kv = blocks * BLOCK_TOKENS * stepcost.kv_bytes_per_token(spec, word)
     if params["time"] == "simulated":

@@ -20,6 +20,8 @@ CHUNK_S = 1e-3
 class Arenas:
     """Does what it is ordered, in this order. Leaving it ends the threads; what was not moved stays where it is.
 
+    Leaving raises SaihError where a copy has failed that nobody waited for.
+
     Nobody waits for what leaves the device but who writes to the same blocks: a fetch on the link, behind it; a step,
     by `before_step`. And a request is fetched behind what of it is still on its way to the host.
 
@@ -75,9 +77,9 @@ class Arenas:
                 for transfer in self._going.pop(owner, []):
                     self.outward.drop(transfer)
 
-    def before_step(self, blocks: Iterable[int]) -> None:
-        """Returns when a step may write to these device blocks."""
-        self._wait_for(self._reading(blocks))
+    def before_step(self, blocks: Iterable[int]) -> float:
+        """Returns when a step may write to these device blocks; seconds waited."""
+        return self._wait_for(self._reading(blocks))
 
     def _before_fetching(self, order: Order) -> list[BlockTransfer]:
         """What has to be there first: all of the request on the host, and who had the blocks before it."""
@@ -91,10 +93,9 @@ class Arenas:
         found = [each for block in blocks for each in self._leaving.get(block, [])]
         return [each for each in dict.fromkeys(found) if not each.done]
 
-    def _wait_for(self, leaving: Iterable[BlockTransfer]) -> None:
-        for transfer in leaving:
-            if not transfer.done:  # or dropped: then it never arrives
-                self.outward.wait(transfer)
+    def _wait_for(self, leaving: Iterable[BlockTransfer]) -> float:
+        """Seconds waited. One that was dropped never arrives, and is done."""
+        return sum(self.outward.wait(transfer) for transfer in leaving if not transfer.done)
 
     def _no_longer_fetched(self, owner: int) -> None:
         if owner in self._coming:
@@ -111,5 +112,8 @@ class Arenas:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.inward.close()
-        self.outward.close()
+        for thread in (self.inward, self.outward):
+            thread.close()
+        if error is None:
+            for thread in (self.inward, self.outward):
+                thread.raise_error()

@@ -15,7 +15,7 @@ from workloads.llm.kv import PagedKV
 from workloads.llm.pipemax.activations import Activations
 from workloads.llm.pipemax.arenas import Arenas
 from workloads.llm.pipemax.orders import Kind, Order, from_words, to_words
-from workloads.llm.pipemax.rotation import written
+from workloads.llm.pipemax.rotation import Beside, written
 from workloads.llm.pool import PooledState
 from workloads.llm.prefill import packs, prefilled_tokens
 from workloads.llm.request import Request
@@ -23,7 +23,7 @@ from workloads.llm.scheduler import BatchPlan
 from workloads.llm.worker import Step, Worker
 
 LATELY = 32
-"""Steps."""
+"""So many steps tell what speed the stages have that are not there."""
 
 
 def send(worker: Worker, orders: Sequence[Order], step: Step) -> None:
@@ -85,7 +85,6 @@ class RealDevice:
         self._began_s = time.perf_counter()
         self._fresh: set[int] = set()
         """Requests whose prompts are computed with their first step."""
-        self._joining_s = 0.0
         self._lately: deque[float] = deque(maxlen=LATELY)
         """Of the last steps, what they took over what was predicted."""
         self._orders: list[Order] = []
@@ -94,18 +93,24 @@ class RealDevice:
         self._returned: deque[list[int]] = deque()
 
     def prefill(self, requests: Sequence[Request], *, over_link: bool) -> None:
-        """The phase before decoding: some prompts after others; returns when all are on the host, or on their way.
+        """The phase before decoding: some prompts after others; returns when the host has them all.
 
         over_link: each on its way beside the computation of the next ones; otherwise copied at once, without the link.
         """
-        for pack in packs(requests, self.state.blocks):
+        blocks = self.state.blocks
+        leaving: deque[int] = deque()  # they keep their blocks as long as there are others: the next pack need not wait
+        for pack in packs(requests, blocks):
             for request in pack:
-                self.state.blocks.grow(request.id, prefilled_tokens(request))
+                while not blocks.grow(request.id, prefilled_tokens(request)):
+                    blocks.release(leaving.popleft())
             self._compute(pack)
             for request in pack:
                 self._order(Kind.OFFLOAD if over_link else Kind.KEEP, request.id, self._to_store(request))
                 self._order(Kind.LEAVE, request.id)
-                self.state.blocks.release(request.id)
+                leaving.append(request.id)
+        for owner in leaving:
+            blocks.release(owner)
+        self.arenas.before_step(range(blocks.blocks))
 
     def now_s(self) -> float:
         return time.perf_counter() - self._began_s
@@ -113,14 +118,14 @@ class RealDevice:
     def wait_until(self, then_s: float) -> None:
         time.sleep(max(0.0, then_s - self.now_s()))
 
-    def launch(self, plan: BatchPlan) -> float:
+    def launch(self, plan: BatchPlan) -> Beside:
         begin_s = self.now_s()
         fresh = [each for each in plan.requests if each.id in self._fresh]
         self._fresh.difference_update(each.id for each in fresh)
         for pack in packs(fresh, self.state.blocks):
             self._compute(pack)
-        self._joining_s = self.now_s() - begin_s
-        return self._run(Step.of(plan, self.state.blocks))
+        prompts_s = self.now_s() - begin_s
+        return self._run(Step.of(plan, self.state.blocks))._replace(prompts_s=prompts_s)
 
     def collect(self) -> list[int]:
         while not self._returned:
@@ -128,12 +133,12 @@ class RealDevice:
         return self._returned.popleft()
 
     def stage_s(self, took_s: float, predicted_s: float) -> float:
-        """As predicted, at the speed that steps have lately, and its prompts.
+        """As predicted, at the speed that steps have lately, with what they wait for on the link.
 
         What disturbed this step alone disturbs none of the stages that are not there.
         """
-        self._lately.append((took_s - self._joining_s) / predicted_s)
-        return predicted_s * median(self._lately) + self._joining_s
+        self._lately.append(took_s / predicted_s)
+        return predicted_s * median(self._lately)
 
     def place(self, request: Request) -> None:
         """A prefill phase would have written here: the copy stands for its writing, and takes no part of the link."""
@@ -186,13 +191,12 @@ class RealDevice:
             self._orders.append(order)
         self.arenas.do(order)
 
-    def _run(self, step: Step) -> float:
-        """Returns when this stage has run it; seconds that it waited for activations."""
+    def _run(self, step: Step) -> Beside:
+        """Returns when this stage has run it."""
         send(self.worker, self._orders, step)
         self._orders.clear()
-        self.arenas.before_step(step.blocks.tolist())
-        rows = len(step.ids_T)
-        waited_s = self.activations.come(self.arenas, rows) if self.activations else 0.0
+        blocks_s, rows = self.arenas.before_step(step.blocks.tolist()), len(step.ids_T)
+        activation_s = self.activations.come(self.arenas, rows) if self.activations else 0.0
         self._flying.append((len(step.sampled_R), self.worker.run(step)))
         if self.arenas.device.arena.is_cuda:
             torch.cuda.current_stream(self.arenas.device.arena.device).synchronize()
@@ -200,7 +204,7 @@ class RealDevice:
             self.activations.go(self.arenas, rows)
         while len(self._flying) > self.depth:  # the last stage goes on only while what it sends is taken
             self._receive()
-        return waited_s
+        return Beside(activation_s, blocks_s)
 
     def _receive(self) -> None:
         count, tokens_R = self._flying.popleft()

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from saih.errors import SaihError
 from workloads.llm.costs import CostModel
@@ -29,6 +29,17 @@ WATERMARK = 0.02
 """Of the device's blocks that stay free for growth when a request comes in."""
 
 
+class Beside(NamedTuple):
+    """What a batch takes on this stage beside its step."""
+
+    activation_s: float = 0.0
+    """Waited for what the stage before has computed."""
+    blocks_s: float = 0.0
+    """Waited until blocks that it writes to have left."""
+    prompts_s: float = 0.0
+    """For the prompts that joined it."""
+
+
 class Device(Protocol):
     """The stage: its clock, its computation, and its link to the host."""
 
@@ -42,14 +53,14 @@ class Device(Protocol):
     def wait_until(self, then_s: float) -> None:
         """Returns when `now_s()` is `then_s` or later."""
 
-    def launch(self, plan: BatchPlan) -> float:
-        """Starts a batch; returns when this stage has run it, or earlier. Seconds that it waited for activations."""
+    def launch(self, plan: BatchPlan) -> Beside:
+        """Starts a batch; returns when this stage has run it, or earlier."""
 
     def collect(self) -> list[int]:
         """Waits for the oldest batch not yet collected; a token for each of its requests."""
 
     def stage_s(self, took_s: float, predicted_s: float) -> float:
-        """What the batch takes on each of the other stages; predicted_s: of decoding alone."""
+        """What a step takes on each of the other stages that took so long on this one; without prompts."""
 
     def place(self, request: Request) -> None:
         """Its keys and values are on the device, as a prefill that ran here would have left them; of a request that the
@@ -108,21 +119,19 @@ class Turn:
     end_s: float
     predicted_s: float
     """Of decoding alone."""
-    stage_s: float
-    """What the other stages take for it, each."""
     lengths: list[int]
     """Tokens that each of its requests attends to."""
     stalled_s: float
-    """Waited for what was fetched."""
+    """Waited for what was fetched, and for blocks that had to leave."""
     bubble_s: float
     """Waited for the batch to come back from the other stages."""
-    activation_s: float
-    """Waited for what the stage before has computed."""
+    beside: Beside
     fetched_blocks: int
 
     @property
     def computed_s(self) -> float:
-        return self.end_s - self.begin_s - self.activation_s
+        """Of decoding alone."""
+        return self.end_s - self.begin_s - sum(self.beside)
 
     @property
     def requests(self) -> int:
@@ -205,13 +214,13 @@ class Rotation:
         begin_s = self.device.now_s()
         bubble_s, self._waited_s = self._waited_s + begin_s - waited_s, 0.0
         self.state.launch(plan)
-        activation_s = self.device.launch(plan)
+        beside = self.device.launch(plan)
         end_s = self.device.now_s()
-        stage_s = self.device.stage_s(end_s - begin_s, predicted_s)
         if self.device.depth == 1:
+            stage_s = self.device.stage_s(end_s - begin_s - beside.prompts_s, predicted_s) + beside.prompts_s
             self._ready_s[slot] = begin_s + self.policy.stages * stage_s
-        times_s = (begin_s, end_s, predicted_s, stage_s)
-        self.turns.append(Turn(*times_s, lengths, stalled_s, bubble_s, activation_s, fetched))
+        stalled_s += beside.blocks_s
+        self.turns.append(Turn(begin_s, end_s, predicted_s, lengths, stalled_s, bubble_s, beside, fetched))
         self._flying.append(plan)
         if self.policy.offload:
             for request in batch:
@@ -263,17 +272,7 @@ class Rotation:
         """Takes blocks of batches whose turn is furthest away; the running and the next one keep theirs."""
         if not self.policy.offload:
             return self._preempt(blocks, running)
-        for back in range(1, self.policy.slots):
-            slot = (running - back) % self.policy.slots
-            if slot in (running, following):
-                continue
-            for request in list(self._slots[slot].values()):
-                if self.state.blocks.free_blocks >= blocks:
-                    return True
-                if self._resident(request):
-                    self.device.evict(request)
-                    self.state.blocks.release(request.id)
-        return self.state.blocks.free_blocks >= blocks or self._preempt(blocks, running)
+        return self._evict(self._leaving(running, following), blocks) or self._preempt(blocks, running)
 
     def _preempt(self, blocks: int, running: int) -> bool:
         """The newest go back to the pool until there is room."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workloads.llm.costs import CostModel
-from workloads.llm.pipemax.rotation import written
+from workloads.llm.pipemax.rotation import Beside, written
 from workloads.llm.pool import PooledState
 from workloads.llm.request import Request
 from workloads.llm.scheduler import BatchPlan
@@ -61,15 +61,16 @@ class SimulatedDevice:
     def wait_until(self, then_s: float) -> None:
         self._now_s = max(self._now_s, then_s)
 
-    def launch(self, plan: BatchPlan) -> float:
+    def launch(self, plan: BatchPlan) -> Beside:
         begin_s = self._now_s
-        activation = Transfer(Urgency.ACTIVATION, [int(self.row_bytes * len(plan.requests))])
-        self._settle(self.inward, self.inward.submit(activation, begin_s))
-        waited_s = self._now_s - begin_s
+        if self.row_bytes:
+            activation = Transfer(Urgency.ACTIVATION, [int(self.row_bytes * len(plan.requests))])
+            self._settle(self.inward, self.inward.submit(activation, begin_s))
+        activation_s = self._now_s - begin_s
         joining_s = sum(self._joining_s.pop(each.id, 0.0) for each in plan.requests)
         self._now_s += self.model.step_s(plan.load()) + joining_s
         self._launched = len(plan.requests)
-        return waited_s
+        return Beside(activation_s, prompts_s=joining_s)
 
     def collect(self) -> list[int]:
         return [0] * self._launched

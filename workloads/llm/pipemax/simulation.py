@@ -58,9 +58,9 @@ def predicted_gain(params: Params) -> float:
 def figures(rotation: Rotation) -> dict[str, float]:
     """What the turns say, emulated or simulated."""
     turns = rotation.turns
-    busy_s = sum(each.computed_s for each in turns)
+    busy_s = sum(each.computed_s + each.beside.prompts_s for each in turns)
     errors = sorted(abs(each.predicted_s / each.computed_s - 1) for each in turns)
-    activations_s = sorted(each.activation_s for each in turns)
+    activations_s = sorted(each.beside.activation_s for each in turns)
     return {
         "turns": float(len(turns)),
         "mean_batch": sum(each.requests for each in turns) / len(turns),
