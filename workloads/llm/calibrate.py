@@ -30,11 +30,15 @@ def decode_samples(worker: Runs, shapes: Sequence[Sequence[int]], repeats: int) 
     """Decode steps of requests that attend to these lengths, where the cache holds them, and the median time of each.
 
     Whatever lies in the cache is used and overwritten. The sweeps over all shapes are one after the other, so that what
-    disturbs for a while disturbs one of each; a first one is not counted.
+    disturbs for a while disturbs one of each; a first one is not counted. Each has an order of its own, drawn: behind a
+    like one a step is faster by some per cent than behind an unlike one, and those of a trace are unlike.
     """
     steps = [_step(lengths, worker) for lengths in shapes if _blocks(lengths, worker) <= worker.kv.blocks]
-    times_s = [[_seconds(worker, step) for _, step in steps] for _ in range(repeats + 1)]
-    return [load for load, _ in steps], [float(np.median(each)) for each in zip(*times_s[1:], strict=True)]
+    rng, times_s = np.random.default_rng(0), np.zeros((repeats + 1, len(steps)))
+    for sweep_s in times_s:
+        for place in rng.permutation(len(steps)):
+            sweep_s[place] = _seconds(worker, steps[place][1])
+    return [load for load, _ in steps], np.median(times_s[1:], axis=0).tolist()
 
 
 def _blocks(lengths: Sequence[int], worker: Runs) -> int:

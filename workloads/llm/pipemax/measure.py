@@ -19,8 +19,8 @@ from workloads.llm.request import Request
 
 MEMORY_BYTES = 1 << 26
 """Of the copy that stands for the device's memory, and of each arena that layouts are compared in."""
-MANY_TIMES = 200
-"""Over the cache: more than is copied while steps are calibrated."""
+BUSY_S = 60.0
+"""Of copies that are asked for: more than is copied while steps are calibrated."""
 EMPTY_COPIES = 2000
 PIECES = {"copy_bytes_per_s": (16, 8, 128), "copy_2kb_bytes_per_s": (4, 4, 32)}
 """(tokens, heads, their size) of a layer's piece of a block: 64 KB, as of llama-70b on a GPU, and 2 KB."""
@@ -59,7 +59,8 @@ def link_bytes_per_s(device: PagedKV, host: PagedKV, link: EmulatedLink | None, 
 def links_busy(device: PagedKV, host: PagedKV, link: EmulatedLink | None, raw_bytes_per_s: float) -> Iterator[None]:
     """Copies both ways meanwhile, as they run beside the steps of a trace; what the arenas held is lost."""
     blocks = range(min(device.blocks, host.blocks))
-    pairs = [(block, block) for block in blocks] * MANY_TIMES
+    rate = link.bytes_per_s if link else raw_bytes_per_s
+    pairs = [(block, block) for block in blocks] * (1 + int(BUSY_S * rate / (len(blocks) * device.block_bytes)))
     with Arenas(device, host, link, bytes_per_s=raw_bytes_per_s) as arenas:
         arenas.do(Order(Kind.FETCH, 0, pairs))
         arenas.do(Order(Kind.OFFLOAD, 0, pairs))
