@@ -42,6 +42,12 @@ from workloads.llm.worker import Step, Worker
 MODEL = CostModel(fixed_s=10.0, per_decode_s=0.1, per_context_token_s=0.01)
 
 
+@pytest.fixture(autouse=True)
+def _known_well_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step is calibrated once: nothing here depends on how well."""
+    monkeypatch.setattr(bench, "REPEATS", 1)
+
+
 def params(**settings: Any) -> dict[str, Any]:
     defaults = {name: each.default for name, each in workload.parameters(workload.spec("pipemax")).items()}
     return defaults | settings
