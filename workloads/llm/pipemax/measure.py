@@ -21,6 +21,8 @@ MEMORY_BYTES = 1 << 26
 """Of the copy that stands for the device's memory, and of each arena that layouts are compared in."""
 BUSY_S = 60.0
 """Of copies that are asked for: more than is copied while steps are calibrated."""
+MOST_PAIRS = 200_000
+"""Of blocks that are asked for: of tiny ones the copies end before."""
 EMPTY_COPIES = 2000
 PIECES = {"copy_bytes_per_s": (16, 8, 128), "copy_2kb_bytes_per_s": (4, 4, 32)}
 """(tokens, heads, their size) of a layer's piece of a block: 64 KB, as of llama-70b on a GPU, and 2 KB."""
@@ -60,7 +62,8 @@ def links_busy(device: PagedKV, host: PagedKV, link: EmulatedLink | None, raw_by
     """Copies both ways meanwhile, as they run beside the steps of a trace; what the arenas held is lost."""
     blocks = range(min(device.blocks, host.blocks))
     rate = link.bytes_per_s if link else raw_bytes_per_s
-    pairs = [(block, block) for block in blocks] * (1 + int(BUSY_S * rate / (len(blocks) * device.block_bytes)))
+    wanted = min(BUSY_S * rate / device.block_bytes, MOST_PAIRS)
+    pairs = [(block, block) for block in blocks] * (1 + int(wanted / len(blocks)))
     with Arenas(device, host, link, bytes_per_s=raw_bytes_per_s) as arenas:
         arenas.do(Order(Kind.FETCH, 0, pairs))
         arenas.do(Order(Kind.OFFLOAD, 0, pairs))
