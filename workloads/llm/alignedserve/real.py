@@ -91,6 +91,5 @@ class RealMover:
     def _copy(self, source: PagedKV, target: PagedKV, pairs: Sequence[tuple[int, int]]) -> None:
         copy_blocks(source, target, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
         if self.device.arena.is_cuda and not (source.arena.is_cuda and target.arena.is_cuda):
-            torch.cuda.current_stream(
-                self.device.arena.device
-            ).synchronize()  # the host side may be written or read at once
+            # the host side may be written or read at once
+            torch.cuda.current_stream(self.device.arena.device).synchronize()

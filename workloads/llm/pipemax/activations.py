@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from workloads.llm.kv import PagedKV
 from workloads.llm.model import Stage
 from workloads.llm.pipemax.arenas import Arenas
@@ -15,10 +17,20 @@ class Activations:
     """
 
     def __init__(self, stage: Stage, most_rows: int) -> None:
-        words = {"blocks": most_rows, "block_size": 1, "layout": "block_first", "dtype": stage.dtype}
-        half = stage.spec.hidden // 2
-        self.device = PagedKV(1, 1, half, device=stage.device, **words)  # type: ignore[arg-type]
-        self.host = PagedKV(1, 1, half, pinned=stage.device.type == "cuda", **words)  # type: ignore[arg-type]
+        self.device, self.host = (
+            PagedKV(
+                1,
+                1,
+                stage.spec.hidden // 2,
+                blocks=most_rows,
+                block_size=1,
+                layout="block_first",
+                device=place,
+                dtype=stage.dtype,
+                pinned=place != stage.device,
+            )
+            for place in (stage.device, torch.device("cpu"))
+        )
 
     def come(self, arenas: Arenas, rows: int) -> float:
         """Returns when they are there; seconds waited."""
