@@ -58,10 +58,10 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_a_data_set_is_made_by_two_ranks_and_goes_on_after_a_kill(tmp_path: Path, expected: dict[str, str]) -> None:
-    """saih and its ranks are killed as soon as something is there; the same command makes the rest and no more."""
+    """saih and its ranks are killed as soon as a shard is there; the same command makes the rest and no more."""
     victim = start(tmp_path, *WORDS)
     deadline = time.monotonic() + 120
-    while not files(tmp_path / "data") and time.monotonic() < deadline:
+    while not list((tmp_path / "data").rglob("shard-*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
@@ -70,7 +70,10 @@ def test_a_data_set_is_made_by_two_ranks_and_goes_on_after_a_kill(tmp_path: Path
             words = process.joinpath("cmdline").read_bytes() if process.joinpath("cmdline").exists() else b""
             if str(job / "pack.json").encode() in words:
                 os.kill(int(process.name), signal.SIGKILL)
-    early = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("shard-*")}
+    # The manifest is written last: data without one is of a shard that was being made, and is made again.
+    manifests = list((tmp_path / "data").rglob("shard-*.json"))
+    early = {path: path.stat().st_mtime_ns for one in manifests for path in one.parent.glob(f"{one.stem}*")}
+    assert early
     again = start(tmp_path, *WORDS)
     told, errors = again.communicate(timeout=200)
     assert again.returncode == 0, errors
