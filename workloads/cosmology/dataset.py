@@ -53,10 +53,11 @@ def generate(
 ) -> int:
     """Make the shards that are missing among this rank's share (shard % world == rank); return how many universes.
 
-    The bytes do not depend on `rank` and `world`. They may on the processor, the version of torch and, in the order
-    of a sum, on a GPU. A killed process leaves at most a temporary file; several ranks making one shard do no harm.
-    On CPU, ranks of one thread each are the fastest and least disturbed by other work on the machine. `make` takes the
-    place of `make_universe`: the ranks behind it may be many.
+    The bytes do not depend on `rank` and `world`. They may on the processor, the version of torch, the number of
+    threads and, in the order of a sum, on a GPU. A killed process leaves at most a temporary file, or data without its
+    manifest, which is made again; several ranks making one shard do no harm. On CPU, ranks of one thread each are the
+    fastest and least disturbed by other work on the machine. `make` takes the place of `make_universe`: the ranks
+    behind it may be many.
 
     Raises:
         ImportError: colossus is not installed.

@@ -48,8 +48,8 @@ def grow(
         redshifts: one a channel.
         mesh: the voxels, and where they lie. A finer mesh in the same box has the same long waves, and shorter ones.
         box_mpc_h: side of the box in Mpc/h.
-        seed: of the noise. The same seed gives the same bytes on one CPU; on a GPU or in slabs the voxels are the same
-            up to the order of summation.
+        seed: of the noise. The same seed gives the same bytes on one CPU with as many threads; with others, on a GPU or
+            in slabs the voxels are the same up to the order of summation.
         fidelity: one of `recipe.FIDELITIES`; `pm` has forces between the particles, in `particlemesh.STEPS` steps.
         refine: lattice particles a voxel along each axis, their waves as short as their lattice allows.
 
