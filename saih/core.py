@@ -366,6 +366,16 @@ class TradeOff:
     """Rung of `axis` that every other one has to beat."""
 
 
+@dataclass(frozen=True)
+class Need:
+    """A package that a value of a parameter needs, beside those that saih requires."""
+
+    package: str
+    """As it is imported."""
+    install: str
+    """The command that brings it."""
+
+
 class Clock(Protocol):
     """What a workload sees of the clock: it says which phase begins now, saih does the timing."""
 

@@ -104,7 +104,7 @@ def make_plan(
     done: Set[str] = frozenset(),
     there_bytes: float = 0.0,
 ) -> Plan:
-    """Forecast every point and prune: ranks, then memory, disk and job length, then the sweep's time budget.
+    """Forecast every point and prune: ranks, packages, then memory, disk and job length, then the sweep's time budget.
 
     Points whose ids are in `done` are measured already: they cost nothing and nothing rules them out. `there_bytes` of
     the data they need are on the disk already.
@@ -147,6 +147,8 @@ class _Planner:
         if done:
             self.data_sets.add(_data_set(forecast))
             return forecast, None
+        if lacks := workload.lacking(self.spec, point.params):
+            return forecast, ("package", lacks)
         steps = point.timed_steps(step_s) + int(point.params["warmup"]) + cost.check_steps
         beside_s = BESIDE_S if point.params.get("beside") else 0.0
         forecast = replace(forecast, point_s=steps * step_s + beside_s)

@@ -23,7 +23,8 @@ class Spec(Protocol):
 
     It may define TRADE_OFF besides, a `TradeOff`: what its report draws quality over speed-up from.
     CHECK, a str: what its check holds to be true before anything is timed, for the reports.
-    And ABLATIONS, those of `saih.core.PARTS` that its bench can take out of a step.
+    ABLATIONS, those of `saih.core.PARTS` that its bench can take out of a step.
+    And NEEDS, parameter -> value -> `Need`: points with a value whose package is not installed are pruned.
     """
 
     TITLE: str
@@ -121,6 +122,15 @@ def parameters(workload: Spec) -> dict[str, Parameter]:
 def trade_off(workload: Spec | None) -> TradeOff | None:
     """What a workload trades quality against, where it says so."""
     return getattr(workload, "TRADE_OFF", None)
+
+
+def lacking(workload: Spec, params: Params) -> str | None:
+    """What a point needs that is not installed here, and the command that brings it."""
+    for name, values in getattr(workload, "NEEDS", {}).items():
+        need = values.get(params.get(name))
+        if need is not None and importlib.util.find_spec(need.package) is None:
+            return f"{name}={params[name]} needs the {need.package} package: {need.install}"
+    return None
 
 
 def _package(name: str) -> str:

@@ -89,6 +89,13 @@ def test_a_bench_defines_setup(name: str) -> None:
     assert [[argument.arg for argument in node.args.args] for node in setups] == [["point", "context"]]
 
 
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if getattr(workload.spec(name), "NEEDS", {})])
+def test_what_needs_a_package_is_a_value_of_a_parameter(name: str) -> None:
+    known = workload.parameters(workload.spec(name))
+    for parameter, values in workload.spec(name).NEEDS.items():  # type: ignore[attr-defined]
+        assert set(values) <= set(known[parameter].choices)
+
+
 ABLATED = [name for name in WORKLOADS if getattr(workload.spec(name), "ABLATIONS", ())]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from saih import plan as planning
 from saih import workload
-from saih.core import Cost, Operation, Params, Point, Sweep
+from saih.core import Cost, Need, Operation, Params, Point, Sweep
 from saih.errors import SaihError
 from saih.plan import LAUNCH_OVERHEAD_S, Forecast, Plan, Rates, make_plan, pack, predict_step_s, rates
 from saih.site import GIB, Peak, Site
@@ -59,9 +59,12 @@ def toy_cost(params: Params) -> Cost:
     )
 
 
+NEEDS = {"needy": {7: Need("no_such_package", "pip install it"), 8: Need("json", "it is there")}}
+
+
 def toy_plan(grid: Sequence[Point], site: Site, budget_s: float | None = None, done: Set[str] = frozenset()) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workload, "spec", lambda name: SimpleNamespace(cost=toy_cost))
+        patch.setattr(workload, "spec", lambda name: SimpleNamespace(cost=toy_cost, NEEDS=NEEDS))
         patch.setitem(planning.LAUNCH_S, "cpu", 0.0)
         sweep = Sweep("toy", (), time_budget_s=budget_s)
         return make_plan(sweep, "toy", grid, site, {"fp32": 1e9, "copy": 1e9}, Path(), done)
@@ -118,6 +121,7 @@ def test_a_point_costs_its_set_up_its_check_its_warm_up_and_its_steps() -> None:
         ({"setup_s": 594.1}, {}, "time", "predicted 10 min; the longest job is 10 min"),
         ({"setup_s": 1200.0}, {"job_minutes": 20}, "time", "predicted 20.1 min; the longest job is 20 min"),
         ({"invalid": 1}, {}, "invalid", "number 3 makes no sense"),
+        ({"needy": 7}, {}, "package", "needy=7 needs the no_such_package package: pip install it"),
     ],
 )
 def test_what_cannot_fit_is_pruned_with_the_number(
@@ -139,6 +143,7 @@ def test_what_cannot_fit_is_pruned_with_the_number(
         {"device_bytes": 3.5 * GIB, "gpus": 4},
         {"disk_bytes": 1e12},
         {"setup_s": 593.9},
+        {"needy": 8},
     ],
 )
 def test_what_just_fits_is_kept(monkeypatch: pytest.MonkeyPatch, params: dict[str, float]) -> None:
@@ -148,7 +153,7 @@ def test_what_just_fits_is_kept(monkeypatch: pytest.MonkeyPatch, params: dict[st
 
 def test_the_disk_is_the_one_the_data_will_be_on(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workload, "spec", lambda name: SimpleNamespace(cost=toy_cost))
+        patch.setattr(workload, "spec", lambda name: SimpleNamespace(cost=toy_cost, NEEDS=NEEDS))
         asked: list[Path] = []
         patch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or SimpleNamespace(free=1.0))
         make_plan(Sweep("toy", ()), "toy", [], make_site(), None, tmp_path / "not" / "yet" / "there")
@@ -291,7 +296,7 @@ def test_data_sets_add_up_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_measured_costs_nothing_and_is_never_ruled_out() -> None:
-    grid = [make_point(n, repeat, setup_s=50.0, device_bytes=1e15) for repeat in (0, 1) for n in (0, 1)]
+    grid = [make_point(n, repeat, setup_s=50.0, device_bytes=1e15, needy=7) for repeat in (0, 1) for n in (0, 1)]
     done = {grid[0].id, grid[2].id}
     plan = toy_plan(grid, make_site(), budget_s=1.0, done=done)
     assert {item.point.id for item in plan.kept} == done

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
+from saih.core import Axis, Claim, Cost, Need, Operation, Parameter, Params, Rung
 from saih.errors import SaihError
 from workloads.cosmology.recipe import FIDELITIES, Recipe
 from workloads.cosmology.storages import DEFAULT_STORAGE, LARGEST_CHUNK_BYTES, STORAGES
@@ -17,6 +17,7 @@ CHECK = (
     "linear field; slabs give the voxels of one rank"
 )
 WORK_UNIT = "bytes"
+NEEDS = {"engine": {name: Need(name, "pip install 'saih[generators]'") for name in ("pycola3", "powerbox")}}
 
 WORD = {"fp32": 4, "fp64": 8}
 REFINE = {1: 1, 8: 2, 27: 3}

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
+from saih.core import Axis, Claim, Cost, Need, Operation, Parameter, Params, Rung
 from saih.errors import SaihError
 from workloads.llm import stepcost
 from workloads.llm.config import PRESETS, ModelSpec, preset
@@ -24,6 +24,7 @@ WORK_UNIT = "tokens"
 
 VARIANTS = ("fcfs", "aligned", "aligned-noprefetch", "sorted-oracle")
 PEERS = ("hf-continuous",)
+NEEDS = {"variant": {peer: Need("transformers", "pip install 'saih[peers]'") for peer in PEERS}}
 KERNELS = ("padded", "ragged", "split-kv")
 SHORT_SHARES = (70, 80, 90, 95)
 MIXES = tuple(f"short-{share}" for share in SHORT_SHARES)

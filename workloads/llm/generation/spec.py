@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
-from saih.core import Axis, Claim, Cost, Operation, Parameter, Params, Rung
+from saih.core import Axis, Claim, Cost, Need, Operation, Parameter, Params, Rung
 from saih.errors import SaihError
 from workloads.llm import config, stepcost
 from workloads.llm.allocator import BlockAllocator
@@ -31,6 +31,13 @@ BATCHED = ("hf-generate", "ctranslate2")
 """Engines whose batches are made before they run."""
 TASKS = ("serve", "prefill", "decode")
 ABLATIONS = ("compute",)
+NEEDS = {
+    "engine": {
+        "hf-generate": Need("transformers", "pip install 'saih[peers]'"),
+        "hf-continuous": Need("transformers", "pip install 'saih[peers]'"),
+        "ctranslate2": Need("ctranslate2", "pip install 'saih[peers]'"),
+    }
+}
 """Of engine=saih: every logit is zero, and what is left is scheduling, batching and choosing."""
 WORD = {"fp32": 4, "bf16": 2}
 LARGEST_BLOCK = 512

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-from saih.core import Axis, Claim, Cost, Parameter, Params, Rung, TradeOff
+from saih.core import Axis, Claim, Cost, Need, Parameter, Params, Rung, TradeOff
 from saih.errors import SaihError
 from workloads.video import options, shapes
 
@@ -87,6 +85,7 @@ def _over(other: str, speedup: str, target: float, text: str, paper: str = "", b
 
 
 TRADE_OFF = TradeOff("psnr_db", "PSNR (dB)", "work_gain", "iso_gain", along="speedup")
+NEEDS = {"variant": {"cache-dit": Need("cache_dit", "pip install 'saih[caches]'")}}
 
 _SPEEDUP_PAPER = "1.94x on Wan 14B, 1.97x on HunyuanVideo, at better quality than other caches"
 
@@ -212,8 +211,6 @@ def cost(params: Params) -> Cost:
     """One video on one rank."""
     dit, steps = shape(params), int(params["denoise_steps"])
     _check_reach(params, dit)
-    if params["variant"] == "cache-dit" and find_spec("cache_dit") is None:
-        raise SaihError("variant cache-dit needs the cache-dit package: pip install 'saih[caches]'")
     gain = 1.0 if params["variant"] == "none" else float(params["speedup"])
     plain = float(options.branches(params, dit) * steps)
     batch, videos = int(params["batch"]), int(params["videos"])
