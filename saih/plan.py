@@ -104,7 +104,7 @@ def make_plan(
     done: Set[str] = frozenset(),
     there_bytes: float = 0.0,
 ) -> Plan:
-    """Forecast every point and prune: ranks, packages, then memory, disk and job length, then the sweep's time budget.
+    """Forecast every point and prune: packages, ranks, then memory, disk and job length, then the sweep's time budget.
 
     Points whose ids are in `done` are measured already: they cost nothing and nothing rules them out. `there_bytes` of
     the data they need are on the disk already.

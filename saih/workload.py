@@ -12,7 +12,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
-from saih.core import COMMON, PARTS, WHOLE, Axis, Bench, Claim, Context, Cost, Parameter, Params, Point, TradeOff
+from saih.core import (
+    COMMON,
+    PARTS,
+    WHOLE,
+    Axis,
+    Bench,
+    Claim,
+    Context,
+    Cost,
+    Need,
+    Parameter,
+    Params,
+    Point,
+    TradeOff,
+    Value,
+)
 from saih.errors import SaihError, unknown
 
 ENTRY_POINTS = "saih.workloads"
@@ -124,10 +139,15 @@ def trade_off(workload: Spec | None) -> TradeOff | None:
     return getattr(workload, "TRADE_OFF", None)
 
 
+def needs(workload: Spec) -> Mapping[str, Mapping[Value, Need]]:
+    """Parameter -> value -> the package it needs, where a workload says so."""
+    return getattr(workload, "NEEDS", {})
+
+
 def lacking(workload: Spec, params: Params) -> str | None:
     """What a point needs that is not installed here, and the command that brings it."""
-    for name, values in getattr(workload, "NEEDS", {}).items():
-        need = values.get(params.get(name))
+    for name, values in needs(workload).items():
+        need = values.get(params[name])
         if need is not None and importlib.util.find_spec(need.package) is None:
             return f"{name}={params[name]} needs the {need.package} package: {need.install}"
     return None

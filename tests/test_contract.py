@@ -89,10 +89,10 @@ def test_a_bench_defines_setup(name: str) -> None:
     assert [[argument.arg for argument in node.args.args] for node in setups] == [["point", "context"]]
 
 
-@pytest.mark.parametrize("name", [name for name in WORKLOADS if getattr(workload.spec(name), "NEEDS", {})])
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if workload.needs(workload.spec(name))])
 def test_what_needs_a_package_is_a_value_of_a_parameter(name: str) -> None:
     known = workload.parameters(workload.spec(name))
-    for parameter, values in workload.spec(name).NEEDS.items():  # type: ignore[attr-defined]
+    for parameter, values in workload.needs(workload.spec(name)).items():
         assert set(values) <= set(known[parameter].choices)
 
 

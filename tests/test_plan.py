@@ -39,7 +39,7 @@ def make_site(**changes: object) -> Site:
 
 
 def make_point(number: int = 0, repeat: int = 0, **params: float | str) -> Point:
-    known = {"nodes": 1, "gpus": 1, "warmup": 0, "steps": 1, "seconds": 0.0, "max_steps": 1}
+    known = {"nodes": 1, "gpus": 1, "warmup": 0, "steps": 1, "seconds": 0.0, "max_steps": 1, "needy": 0}
     return Point("toy", known | {"number": number} | params, {"number": str(number)}, repeat)
 
 

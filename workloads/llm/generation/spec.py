@@ -31,6 +31,7 @@ BATCHED = ("hf-generate", "ctranslate2")
 """Engines whose batches are made before they run."""
 TASKS = ("serve", "prefill", "decode")
 ABLATIONS = ("compute",)
+"""Of engine=saih: every logit is zero, and what is left is scheduling, batching and choosing."""
 NEEDS = {
     "engine": {
         "hf-generate": Need("transformers", "pip install 'saih[peers]'"),
@@ -38,7 +39,6 @@ NEEDS = {
         "ctranslate2": Need("ctranslate2", "pip install 'saih[peers]'"),
     }
 }
-"""Of engine=saih: every logit is zero, and what is left is scheduling, batching and choosing."""
 WORD = {"fp32": 4, "bf16": 2}
 LARGEST_BLOCK = 512
 RANDOM_PER_S = 2e7
