@@ -145,8 +145,10 @@ class AttnMeta:
     @cached_property
     def padded_blocks_BN(self) -> Tensor:  # noqa: N802
         """int64: `blocks`, filled up with the first of each sequence, its own keys. Only with block tables."""
-        widest = max(map(len, self.blocks))
-        return _on([[*row, *row[:1] * (widest - len(row))] for row in self.blocks], self.cu_q.device)
+        table_BN = cast(Tensor, self.block_table_BN)
+        place_N = torch.arange(-(-max(self.kv_lens) // self.block_size), device=table_BN.device)
+        filled_BN = place_N * self.block_size < self.kv_lens_B[:, None]
+        return torch.where(filled_BN, table_BN[:, : len(place_N)], table_BN[:, :1])
 
     @cached_property
     def tails(self) -> Tensor:
@@ -247,7 +249,8 @@ def padded(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tenso
 def padded_in_cache(q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
     """One row a sequence; whole blocks are read, for everybody as many as for the longest."""
     rows, heads, size = q_THd.shape
-    k_BLGd, v_BLGd = (x[meta.padded_blocks_BN].flatten(1, 2) for x in (k_NSGd, v_NSGd))
+    blocks = meta.padded_blocks_BN.flatten()  # index_select copies whole blocks, x[blocks] number by number
+    k_BLGd, v_BLGd = (x.index_select(0, blocks).view(rows, -1, *x.shape[2:]) for x in (k_NSGd, v_NSGd))
     for x_BLGd in (k_BLGd, v_BLGd):  # what was left there may be no number, which times 0 is none either
         x_BLGd.flatten(0, 1).index_fill_(0, meta.tails, 0)
     q_BGRd = q_THd.view(rows, k_BLGd.shape[2], -1, size)  # the heads of a KV head take one pass over its keys

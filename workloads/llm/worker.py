@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ class Step(NamedTuple):
             _words(plan.tokens),
             _words(request.computed for request in plan.requests),
             _words(map(len, tables)),
-            _words(block for table in tables for block in table),
+            _words(chain.from_iterable(tables)),
             _words(sampled),
             torch.tensor(draws, dtype=torch.float32).view(torch.int32).flatten(),
         )
