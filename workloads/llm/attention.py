@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -246,19 +247,44 @@ def padded(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tenso
     return o_RHd if len(o_RHd) == len(q_THd) else o_RHd.index_select(0, meta.padded_rows_T)
 
 
-def padded_in_cache(q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
-    """One row a sequence; whole blocks are read, for everybody as many as for the longest."""
-    rows, heads, size = q_THd.shape
-    blocks = meta.padded_blocks_BN.flatten()  # index_select copies whole blocks, x[blocks] number by number
-    k_BLGd, v_BLGd = (x.index_select(0, blocks).view(rows, -1, *x.shape[2:]) for x in (k_NSGd, v_NSGd))
-    for x_BLGd in (k_BLGd, v_BLGd):  # what was left there may be no number, which times 0 is none either
-        x_BLGd.flatten(0, 1).index_fill_(0, meta.tails, 0)
-    q_BGRd = q_THd.view(rows, k_BLGd.shape[2], -1, size)  # the heads of a KV head take one pass over its keys
-    seen_BL = torch.arange(k_BLGd.shape[1], device=q_THd.device) < meta.kv_lens_B[:, None]
-    o_BGRd = F.scaled_dot_product_attention(
-        q_BGRd, k_BLGd.transpose(1, 2), v_BLGd.transpose(1, 2), seen_BL[:, None, None]
-    )
-    return o_BGRd.reshape(rows, heads, size)
+class Scratch:
+    """Memory for a tensor of each call, kept between calls: fresh pages cost a CPU more than what is put there."""
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Of what is there, whatever it holds; valid until the next call."""
+        size = math.prod(shape)
+        if self._flat is None or len(self._flat) < size:
+            self._flat = like.new_empty(size)
+        return self._flat[:size].view(*shape)
+
+
+class PaddedInCache:
+    """One row a sequence; whole blocks are read, for everybody as many as for the longest. Not for two threads."""
+
+    def __init__(self) -> None:
+        self._keys, self._values = Scratch(), Scratch()
+
+    def __call__(self, q_THd: Tensor, k_NSGd: Tensor, v_NSGd: Tensor, meta: AttnMeta) -> Tensor:
+        rows, heads, size = q_THd.shape
+        k_BLGd, v_BLGd = self._filled_up(k_NSGd, self._keys, meta), self._filled_up(v_NSGd, self._values, meta)
+        q_BGRd = q_THd.view(rows, k_BLGd.shape[2], -1, size)  # the heads of a KV head take one pass over its keys
+        seen_BL = torch.arange(k_BLGd.shape[1], device=q_THd.device) < meta.kv_lens_B[:, None]
+        o_BGRd = F.scaled_dot_product_attention(
+            q_BGRd, k_BLGd.transpose(1, 2), v_BLGd.transpose(1, 2), seen_BL[:, None, None]
+        )
+        return o_BGRd.reshape(rows, heads, size)
+
+    @staticmethod
+    def _filled_up(x_NSGd: Tensor, scratch: Scratch, meta: AttnMeta) -> Tensor:
+        """[B, L, G, d]; index_select copies whole blocks, where indexing goes number by number."""
+        blocks = meta.padded_blocks_BN.flatten()
+        x_MSGd = torch.index_select(x_NSGd, 0, blocks, out=scratch.take((len(blocks), *x_NSGd.shape[1:]), x_NSGd))
+        x_XGd = x_MSGd.flatten(0, 1)
+        x_XGd.index_fill_(0, meta.tails, 0)  # what was left there may be no number, which times 0 is none either
+        return x_XGd.view(len(meta.kv_lens), -1, *x_XGd.shape[1:])
 
 
 def _pad(x_THd: Tensor, lens: Sequence[int], rows_T: Tensor) -> Tensor:
@@ -410,7 +436,7 @@ def backend(
     if name == "loop":
         return Backend(name, loop, loop_in_cache, loop_in_cache)
     if name == "padded":
-        return Backend(name, padded, padded_in_cache)
+        return Backend(name, padded, PaddedInCache())
     return Backend(name, {"even": even, "varlen": varlen}[name])
 
 

@@ -284,7 +284,9 @@ PRESETS = {
     "gpt-6.7b": _gpt(32, 4096, 32),
     "gpt-13b": _gpt(40, 5120, 40),
     "gpt-175b": _gpt(96, 12288, 96),
-    "opt-tiny": replace(_gpt(4, 64, 4), family="opt", vocab=512, activation="relu", position_offset=2),
+    "opt-tiny": replace(
+        _gpt(4, 64, 4), family="opt", vocab=512, max_positions=8192, activation="relu", position_offset=2
+    ),
     "bert-tiny": replace(_BERT, layers=4, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=256, vocab=512),
     "bert-mini": replace(_BERT, layers=8, hidden=384, heads=6, kv_heads=6, ffn=1536, vocab=2048),
     "bert-base": _BERT,
