@@ -93,6 +93,22 @@ def test_rows_that_go_on_attend_to_the_cache(
     assert kv.layer(0)[0].isnan().all()
 
 
+def test_memory_kept_between_steps_is_not_seen_in_the_next() -> None:
+    """A longer step, a shorter one, the longer one again: each as one call a sequence gives it."""
+    kept, fresh = backend("padded"), backend("loop")
+    tables, blocks = tables_for([30, 2, 17], 4)
+    kv = PagedKV(1, 2, 8, blocks=blocks, block_size=4, layout="block_first")
+    kv.arena.copy_(torch.randn(kv.arena.shape, generator=torch.Generator().manual_seed(5)))
+    results = []
+    for which in ([0, 1, 2], [1], [0, 1, 2]):
+        starts, mine = [[29, 1, 16][each] for each in which], [tables[each] for each in which]
+        meta = AttnMeta.packed([1] * len(which), starts=starts, block_tables=mine, block_size=4)
+        q, k, v = some(len(which), 4), some(len(which), 2), some(len(which), 2) - 1
+        results.append((kept(q, k, v, meta, kv, 0), fresh(q, k, v, meta, kv, 0)))
+    for found, wanted in results:  # after all have run: none lies in what was kept
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @given(lens=lengths, causal=st.booleans())
 def test_padded_rows_give_on_valid_rows_what_packed_rows_give(kernel: str, lens: list[int], causal: bool) -> None:
