@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saih.errors import SaihError
-from workloads.llm import config, loader
+from workloads.llm import config, loader, prepack
 from workloads.llm.attention import AttnMeta
 from workloads.llm.energonai.overlap import copies_hide, offloaded_layers, predicted_step_s
 from workloads.llm.energonai.pmep import Pmep
 from workloads.llm.kv import EmulatedLink
 from workloads.llm.model import Stage
-from workloads.llm.prepack import prepack
 
 LAYERS = 4
 IDS = torch.arange(11) * 17 % 512
@@ -164,8 +163,9 @@ def test_what_cannot_be_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         Pmep(made(), 2, "disk")
     with pytest.raises(SaihError, match="a peer is another GPU, and the stage is on cpu"):
         Pmep(made(), 2, "peer:1")
+    monkeypatch.setattr(prepack, "SMALLEST", 0)
     prepacked = made()
-    prepack(prepacked)
+    prepack.prepack(prepacked)
     with pytest.raises(SaihError, match="offload the stage or prepack it, not both"):
         Pmep(prepacked, 2)
     for count, message in (

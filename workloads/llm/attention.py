@@ -248,7 +248,10 @@ def padded(q_THd: Tensor, k_KGd: Tensor, v_KGd: Tensor, meta: AttnMeta) -> Tenso
 
 
 class Scratch:
-    """Memory for a tensor of each call, kept between calls: fresh pages cost a CPU more than what is put there."""
+    """Memory for a tensor of each call, kept between calls: fresh pages cost a CPU more than what is put there.
+
+    As much as the largest took, and a fourth: batches grow by and by. For inference: no gradient flows through it.
+    """
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
@@ -256,9 +259,12 @@ class Scratch:
     def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Of what is there, whatever it holds; valid until the next call."""
         size = math.prod(shape)
-        if self._flat is None or len(self._flat) < size:
-            self._flat = like.new_empty(size)
-        return self._flat[:size].view(*shape)
+        kept = self._flat
+        if kept is None or len(kept) < size or (kept.dtype, kept.device) != (like.dtype, like.device):
+            self._flat = kept = None  # before the next is made
+            with torch.inference_mode(False):  # a tensor for calls in this mode and out of it
+                self._flat = kept = torch.empty(size + size // 4, dtype=like.dtype, device=like.device)
+        return kept[:size].view(*shape)
 
 
 class PaddedInCache:
