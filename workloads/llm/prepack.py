@@ -19,7 +19,7 @@ from workloads.llm.shard import ColumnLinear, RowLinear, VocabMatrix
 ROWS = 16
 """The layout is the best one for so many rows: it serves a decode step of any size, and a prefill as well."""
 SMALLEST = 1 << 18
-"""Numbers of the smallest matrix that is laid out: a call takes 25 us beside the arithmetic. Between two that were timed
+"""Numbers of the smallest matrix laid out: a call takes 25 us beside the arithmetic. Between two that were timed
 (a core of a Xeon, torch 2.13, fp32, 40 rows): 256 x 512 took 111 us as it is and 128 us laid out, 512 x 1408 761 us and
 594 us."""
 OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
