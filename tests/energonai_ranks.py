@@ -220,7 +220,7 @@ def accident(rank: int, folder: str, kind: str, depth: int) -> None:
 
 
 def _linger(folder: str | Path, ranks: list[int], unless: str) -> None:
-    """The engine outlives what it tells: a rank on a busy core that has read half a message may not read on after it."""
+    """The engine outlives what it tells: a rank on a busy core that has read half a message cannot read on after it."""
     waited_for = [Path(folder) / f"told{rank}.json" for rank in ranks if unless != f"kill {rank}"]
     until_s = time.monotonic() + 10
     while not all(map(Path.exists, waited_for)) and time.monotonic() < until_s:
