@@ -213,18 +213,9 @@ def accident(rank: int, folder: str, kind: str, depth: int) -> None:
         except SaihError as error:
             (Path(folder) / "later.json").write_text(json.dumps(str(error)))
         engine.close()
-        _linger(folder, [1, 2], unless=kind)
     worker.join()
     sys.stdout.flush()
     os._exit(0)  # threads may wait for the one that is gone
-
-
-def _linger(folder: str | Path, ranks: list[int], unless: str) -> None:
-    """The engine outlives what it tells: a rank on a busy core that has read half a message cannot read on after it."""
-    waited_for = [Path(folder) / f"told{rank}.json" for rank in ranks if unless != f"kill {rank}"]
-    until_s = time.monotonic() + 10
-    while not all(map(Path.exists, waited_for)) and time.monotonic() < until_s:
-        time.sleep(0.05)
 
 
 class FatalStage(EmulatedStage):
